@@ -1,0 +1,1 @@
+"""Victims, repairs and tables; run from a clone with ``python -m benchmarks``."""

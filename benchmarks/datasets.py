@@ -1,0 +1,63 @@
+"""The benchmark's images, decoded once: float32 in [0, 1], 32x32."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the usual name
+from torchvision import datasets
+from torchvision.transforms.functional import pil_to_tensor
+
+from lightning_unlearn.data import FashionMNISTDataModule
+
+__all__ = ["load"]
+
+_DATA = Path(os.environ.get("UNLEARN_BENCHMARK_DATA", Path(__file__).parents[1] / "data"))
+_JPEG_COPY = Path(__file__).parents[2] / "shared" / "data" / "load.py"
+
+
+@cache
+def load(name: str, split: str) -> tuple[Tensor, Tensor]:
+    """All images (N, C, 32, 32) and labels (N,) of a split, ``"train"`` or ``"test"``.
+
+    CIFAR-10 comes from torchvision's folder under ``UNLEARN_BENCHMARK_DATA`` if it is there, else from the JPEG copies
+    beside this project's checkout, which are slightly lossy; Fashion-MNIST from Debian's package or torchvision's folder.
+    """
+    if name == "cifar10":
+        images, labels = _cifar10(split)
+    elif name == "fashion_mnist":
+        images, labels = _fashion_mnist(split)
+        images = F.pad(images, (2, 2, 2, 2))
+    else:
+        raise ValueError(f"name: expected 'cifar10' or 'fashion_mnist', but got {name!r}.")
+    return images.float() / 255, labels.long()
+
+
+def _cifar10(split: str) -> tuple[Tensor, Tensor]:
+    if (_DATA / "cifar-10-batches-py").exists() or not _JPEG_COPY.exists():
+        dataset = datasets.CIFAR10(_DATA, train=split == "train", download=True)
+        return torch.from_numpy(dataset.data).permute(0, 3, 1, 2), torch.tensor(dataset.targets)
+    cached = _DATA / f"cifar10-jpeg-{split}.pt"
+    if not cached.exists():
+        spec = importlib.util.spec_from_file_location("cifar10_jpeg", _JPEG_COPY)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        _DATA.mkdir(parents=True, exist_ok=True)
+        torch.save(module.load(split), cached)
+    images, labels = torch.load(cached, weights_only=True)
+    return images, labels
+
+
+def _fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
+    debian = Path("/usr/share/datasets/fashion-mnist")
+    root = debian if debian.exists() else _DATA
+    dataset = FashionMNISTDataModule(root=str(root)).open(
+        train=split == "train", transform=pil_to_tensor, download=root == _DATA
+    )
+    return dataset.data[:, None], dataset.targets

@@ -1,0 +1,341 @@
+"""The Lightning callback: wiring between a Trainer and the repair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+from lightning_unlearn.checkpoint import free_path, load_checkpoint, write_whole
+from lightning_unlearn.data.clean import CleanImages
+from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
+from lightning_unlearn.filters import FilterMask, find_filters
+from lightning_unlearn.intact import intact
+from lightning_unlearn.logs import log_pictures, log_report, log_round
+from lightning_unlearn.methods import MaskPrune, RepairMethod, Round
+from lightning_unlearn.progress import round_progress
+from lightning_unlearn.repair import Split, repair_split
+from lightning_unlearn.report import Report
+from lightning_unlearn.triggers import Trigger
+
+__all__ = ["BackdoorUnlearning"]
+
+_REFUSED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy)
+
+
+class BackdoorUnlearning(Callback):
+    """Removes a backdoor from the model when training ends.
+
+    In ``on_train_end``, where the model is still on its device, a few clean images per class are drawn from
+    ``clean_data``, the repair method prunes what the trigger needs, and a new checkpoint ``*-unlearned.ckpt`` is
+    written with a ``report.json``. ACC, ASR and RA go to every logger of the Trainer under ``unlearn/``. Whether
+    everything fits is checked when training *starts*, so that no training time is lost to a mistake.
+
+    Note:
+        ``ModelCheckpoint`` has written its files before: they hold the backdoored weights, and so does
+        ``trainer.test(ckpt_path="best")``. Use the model in memory, or the path in ``report.checkpoint``.
+
+    Args:
+        clean_data: clean images that the model was not trained on, as a :class:`~lightning_unlearn.HoldoutDataModule`,
+            another LightningDataModule, a Dataset or a DataLoader. Its test images, if it has any, are what the report's
+            rates are measured on; the repair never sees them.
+        trigger: the trigger to unlearn, with the target class. Required for now.
+        method: the repair method; :class:`MaskPrune` by default.
+        samples_per_class: clean images drawn per class, None for all there are; a HoldoutDataModule draws by itself.
+        validation_share: the part of each class that validates, at least one image; a HoldoutDataModule splits by itself.
+        seed: seed of the draw and of the method.
+        source: which weights to repair: the ``"last"``, or the ``"best"`` of the Trainer's ModelCheckpoint.
+        output_dir: where checkpoint and report go; by default where the Trainer keeps its checkpoints.
+        batch_size: most clean images in one forward pass, with as many triggered ones.
+        force: repair even if the trigger's attack success rate is already low.
+        min_asr: below this rate, on the clean images drawn, the model counts as not backdoored and is left alone.
+
+    Raises:
+        TypeError: if ``clean_data``, ``trigger`` or ``method`` is of the wrong kind.
+        ValueError: if no trigger is given, or a number is out of range.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> from lightning_unlearn import BackdoorUnlearning
+        >>> from lightning_unlearn.triggers import PatchTrigger
+        >>> clean = TensorDataset(torch.rand(40, 1, 28, 28), torch.arange(40) % 10)
+        >>> unlearn = BackdoorUnlearning(clean, PatchTrigger(size=3, target=0), samples_per_class=4)
+        >>> # trainer = Trainer(callbacks=[unlearn]); trainer.fit(...); print(unlearn.report)
+    """
+
+    def __init__(
+        self,
+        clean_data: LightningDataModule | Dataset | DataLoader,  # type: ignore[type-arg]  # jsonargparse takes no generics
+        trigger: Trigger | None = None,
+        method: RepairMethod | None = None,
+        *,
+        samples_per_class: int | None = 10,
+        validation_share: float = 0.1,
+        seed: int = 0,
+        source: Literal["last", "best"] = "last",
+        output_dir: str | None = None,
+        batch_size: int = 128,
+        force: bool = False,
+        min_asr: float = 0.1,
+    ) -> None:
+        if trigger is None:
+            raise ValueError(
+                "trigger: none is given, and estimating an unknown trigger is not built yet; pass the trigger to unlearn, such as "
+                "PatchTrigger(size=3, target=0)."
+            )
+        if not isinstance(trigger, Trigger):
+            raise TypeError(
+                f"trigger: expected a lightning_unlearn.triggers.Trigger, but got {type(trigger).__name__}; wrap a function in FunctionTrigger."
+            )
+        if method is not None and not isinstance(method, RepairMethod):
+            raise TypeError(
+                f"method: expected a lightning_unlearn.methods.RepairMethod, but got {type(method).__name__}."
+            )
+        if not isinstance(clean_data, (LightningDataModule, Dataset, DataLoader)):
+            raise TypeError(
+                "clean_data: expected a LightningDataModule of lightning.pytorch (not of pytorch_lightning), a Dataset or a DataLoader, "
+                f"but got {type(clean_data).__module__}.{type(clean_data).__name__}."
+            )
+        if source not in ("last", "best"):
+            raise ValueError(f"source: expected 'last' or 'best', but got {source!r}.")
+        self.clean_data = clean_data
+        self.trigger = trigger
+        self.method = method or MaskPrune()
+        self.samples_per_class = samples_per_class
+        self.validation_share = validation_share
+        self.seed = seed
+        self.source = source
+        self.output_dir = output_dir
+        self.batch_size = batch_size
+        self.force = force
+        self.min_asr = min_asr
+        self.report: Report | None = None
+        self._held: FilterMask | None = None  # after resuming: keeps what was pruned at zero
+        self._resumed: dict[str, Tensor] | None = None
+
+    def logits(self, module: LightningModule, images: Tensor) -> Tensor:
+        """How to get (N, classes) logits from (N, C, H, W) images; override it where ``module(images)`` is not that."""
+        logits: Tensor = module(images)
+        return logits
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Tells two callbacks with different triggers apart in a checkpoint."""
+        return self._generate_state_key(trigger=type(self.trigger).__name__, target=self.trigger.target)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses, before any training time is lost, what the repair cannot work with."""
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"trainer: this callback is made for lightning.pytorch.Trainer, but got {type(trainer).__module__}.Trainer; import "
+                "everything from `lightning.pytorch`, since mixing it with `pytorch_lightning` does not work."
+            )
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, _REFUSED):
+            raise MisconfigurationException(
+                f"strategy: BackdoorUnlearning needs whole weights on every device, but {type(trainer.strategy).__name__} shards them; "
+                "train so, then repair the checkpoint with `lightning-unlearn repair` on one device."
+            )
+        averaging = [type(c).__name__ for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+        if averaging:
+            raise MisconfigurationException(
+                f"callbacks: {averaging[0]} replaces the weights in every checkpoint by averaged, unrepaired ones; remove it and repair "
+                "the averaged checkpoint with `lightning-unlearn repair`."
+            )
+        data = self.clean_data
+        if isinstance(data, LightningDataModule):
+            if data is trainer.datamodule:  # type: ignore[attr-defined]
+                raise ValueError(
+                    "clean_data: it is the training DataModule itself, which may be poisoned; give held-out clean images."
+                )
+            if "_instantiator" in data.hparams:
+                raise MisconfigurationException(
+                    f"clean_data: LightningCLI gave {type(data).__name__} hyper-parameters that may be the training DataModule's instead "
+                    "of its own; create the CLI with load_from_checkpoint_support=False, as `lightning-unlearn fit` does."
+                )
+        self.report, self._held, self._resumed = None, None, None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tries everything once on one image, and after resuming takes up the mask again."""
+        clean = self._clean_images(pl_module)
+        if isinstance(trainer.train_dataloader, DataLoader):
+            clean.refuse_training_images(trainer.train_dataloader.dataset)
+        trigger = clean.fit_trigger(self.trigger)
+        with intact(pl_module):
+            images, labels = clean.first()
+            layers = find_filters(pl_module, images.to(pl_module.dtype), lambda x: self.logits(pl_module, x))
+            logits = logits_of(lambda x: self.logits(pl_module, x), images.to(pl_module.dtype))
+            Pairs.stamp(images, labels, trigger, num_classes=logits.shape[1])
+        if self._resumed is not None:
+            self._held = FilterMask(layers)
+            self._held.load_state_dict(self._resumed)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Keeps filters that an earlier run pruned at zero."""
+        if self._held is not None:
+            self._held.hold()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Repairs the model and writes checkpoint and report."""
+        stem = self._original(trainer, pl_module)
+        report = self.unlearn(trainer, pl_module)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            report = self._save(trainer, report, stem)
+        self.report = report
+        rank_zero_info(f"\n{report}\n")
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warns if training ended in a way that skipped the repair."""
+        if self.report is None:
+            rank_zero_warn(
+                "BackdoorUnlearning never ran, because no training step did (max_epochs=0, limit_train_batches=0, or a finished run was "
+                "resumed): the model is NOT repaired. Use `lightning-unlearn repair --ckpt_path` on the finished checkpoint."
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The report in plain Python and the mask as bool tensors."""
+        if self.report is None:
+            return {}
+        return {"report": self.report.to_dict(), "mask": self._mask}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up a report and mask, which are then held through further training."""
+        self._resumed = state_dict.get("mask")
+
+    def unlearn(self, trainer: Trainer, module: LightningModule) -> Report:
+        """Repair a module on the Trainer's device, log it, and report; nothing is written but logs.
+
+        Every process of a distributed run does the same on all clean images, which are few, from the weights of the
+        first; afterwards the first one's weights and report count everywhere.
+
+        Raises:
+            ValueError: as :func:`~lightning_unlearn.repair` does.
+        """
+        clean = self._clean_images(module)
+        trigger = clean.fit_trigger(self.trigger)
+
+        def forward(images: Tensor) -> Tensor:
+            return self.logits(module, images)
+
+        _align(module)
+        split = Split(clean.scoring(), clean.validation())
+        with intact(module), torch.no_grad():
+            images, labels = clean.first()
+            num_classes = logits_of(forward, images.to(module.dtype)).shape[1]
+            log_pictures(
+                trainer, Pairs.stamp(*(part[:8] for part in split.scoring), trigger, num_classes=num_classes), trigger
+            )
+        before = self._test(clean, trigger, forward, num_classes)
+        with round_progress(trainer) as show:
+            pruned = 0
+
+            def on_round(done: Round) -> None:
+                nonlocal pruned
+                pruned += len(done.pruned)
+                show(done)
+                log_round(trainer, done, pruned)
+
+            result = repair_split(
+                module,
+                split,
+                trigger=trigger,
+                method=self.method,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                force=self.force,
+                min_asr=self.min_asr,
+                forward=forward,
+                on_round=on_round,
+            )
+        _align(module)
+        after = self._test(clean, trigger, forward, num_classes)
+        test = None if before is None or after is None else (before, after)
+        report = Report.of(
+            result, trigger, samples_per_class=clean.holdout.samples_per_class, seed=self.seed, test=test
+        )
+        report = trainer.strategy.broadcast(report)
+        self._mask = result.mask.state_dict()
+        log_report(trainer, report)
+        return report
+
+    def _clean_images(self, module: LightningModule) -> CleanImages:
+        return CleanImages(
+            self.clean_data,
+            module,
+            samples_per_class=self.samples_per_class,
+            validation_share=self.validation_share,
+            seed=self.seed,
+        )
+
+    def _test(self, clean: CleanImages, trigger: Trigger, forward: Any, num_classes: int) -> Evaluation | None:
+        if not clean.has_test:
+            return None
+        with intact(clean.module):
+            return evaluate(forward, clean.test(trigger, num_classes))
+
+    def _original(self, trainer: Trainer, module: LightningModule) -> str:
+        """Load the weights to repair; how the file that holds them is called."""
+        saver = trainer.checkpoint_callback
+        best = getattr(saver, "best_model_path", "")
+        if self.source == "last":
+            return Path(best or "model").stem
+        if not best:
+            raise MisconfigurationException(
+                "source: 'best' needs a ModelCheckpoint that has saved a best model (give it a `monitor`), but there is none; use source='last'."
+            )
+        trainer.strategy.barrier()
+        module.load_state_dict(load_checkpoint(best)["state_dict"])
+        return Path(best).stem
+
+    def _save(self, trainer: Trainer, report: Report, stem: str) -> Report:
+        folder = Path(
+            self.output_dir or getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+        )
+        folder = Path(trainer.strategy.broadcast(str(folder)))
+        if report.status == "repaired":
+            path = Path(trainer.strategy.broadcast(str(free_path(folder / f"{stem}-unlearned.ckpt"))))
+            report = self.report = report.saved_as(path)
+            partial = path.with_name(f".{path.name}.partial")
+            trainer.save_checkpoint(partial)  # on all processes: it has a barrier
+            if trainer.is_global_zero:
+                partial.replace(path)
+            if getattr(trainer.checkpoint_callback, "best_model_path", ""):
+                rank_zero_info(
+                    f"The repaired model is in {path}. {trainer.checkpoint_callback.best_model_path} still holds the backdoored weights, "  # type: ignore[union-attr]
+                    "and so does trainer.test(ckpt_path='best')."
+                )
+        if trainer.is_global_zero:
+            report.save(free_path(folder / "report.json"))
+        return report
+
+
+@torch.no_grad()
+def _align(module: LightningModule) -> None:
+    """Give every process the first one's parameters and buffers: BatchNorm's may differ between processes."""
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        for tensor in (*module.parameters(), *module.buffers()):
+            torch.distributed.broadcast(tensor.detach(), src=0)

@@ -1,0 +1,156 @@
+"""The defender's clean images, from whatever the user has them in, as a repair takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.core.hooks import DataHooks
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from lightning_unlearn.data.holdout_datamodule import HoldoutDataModule
+from lightning_unlearn.data.labels import item_parts, overlap
+from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.triggers import Trigger, find_normalization
+
+__all__ = ["CleanImages"]
+
+
+class CleanImages:
+    """Draws the scoring and validation parts, finds the test part, and loads them onto the module's device.
+
+    Batches pass the clean DataModule's own transfer hooks where it has some, else the module's, as Lightning would
+    do: not those of the *training* DataModule, which the Trainer's own functions would call.
+
+    Args:
+        data: a :class:`HoldoutDataModule`, which knows its own draw; or a Dataset, a DataLoader, or any other
+            LightningDataModule, whose ``train_dataloader`` is drawn from and whose ``test_dataloader``, if it has
+            one, is the test part.
+        module: the model that the images are for.
+        samples_per_class: clean images drawn per class; None for all. Not used for a :class:`HoldoutDataModule`.
+        validation_share: as for :class:`HoldoutDataModule`; not used for one.
+        seed: seed of the draw; not used for a :class:`HoldoutDataModule`.
+
+    Raises:
+        TypeError: if ``data`` is none of these.
+        ValueError: if the draw is impossible, or test images are among those drawn.
+    """
+
+    def __init__(
+        self,
+        data: LightningDataModule | Dataset[Any] | DataLoader[Any],
+        module: LightningModule,
+        *,
+        samples_per_class: int | None = 10,
+        validation_share: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        self.module = module
+        self._hooks: DataHooks = data if isinstance(data, LightningDataModule) else module
+        self._collate: Any = None
+        self._test_loader: DataLoader[Any] | None = None
+        if isinstance(data, HoldoutDataModule):
+            self.holdout = data
+        else:
+            self.holdout = HoldoutDataModule(
+                self._pool(data),
+                samples_per_class=samples_per_class,
+                share=1.0 if samples_per_class is None else None,
+                validation_share=validation_share,
+                seed=seed,
+                test_dataset=None if self._test_loader is None else self._test_loader.dataset,
+            )
+        if self._test_loader is None and self.holdout.test is not None:
+            self._test_loader = self.holdout.test_dataloader()
+
+    def _pool(self, data: LightningDataModule | Dataset[Any] | DataLoader[Any]) -> Dataset[Any]:
+        """What to draw from; remembers the collate function and the test loader on the way."""
+        if isinstance(data, LightningDataModule):
+            data.prepare_data()
+            data.setup("fit")
+            pool = data.train_dataloader()
+            if is_overridden("test_dataloader", data, LightningDataModule):
+                data.setup("test")
+                self._test_loader = data.test_dataloader()
+            data = pool
+        if isinstance(data, DataLoader):
+            self._collate = data.collate_fn
+            return data.dataset
+        if isinstance(data, Dataset):
+            return data
+        raise TypeError(
+            "clean_data: expected a LightningDataModule of lightning.pytorch, a Dataset, a DataLoader, or a DataModule whose "
+            f"train_dataloader gives one DataLoader, but got {type(data).__module__}.{type(data).__name__}."
+        )
+
+    @property
+    def has_test(self) -> bool:
+        """Whether there are test images, which a repair never sees."""
+        return self._test_loader is not None
+
+    def fit_trigger(self, trigger: Trigger) -> Trigger:
+        """The trigger, told these images' normalisation if it was told none and the dataset has one."""
+        if trigger.normalization is None:
+            normalization = find_normalization(self.holdout.scoring)
+            if normalization is not None:
+                return trigger.normalized(normalization)
+        return trigger
+
+    def refuse_training_images(self, dataset: object) -> None:
+        """Refuse to repair a model with the images that it was poisoned with.
+
+        Raises:
+            ValueError: if any image drawn is in ``dataset``, the training set.
+        """
+        for part in (self.holdout.scoring, self.holdout.validation):
+            shared = overlap(part, dataset)
+            if shared:
+                raise ValueError(
+                    f"clean_data: {shared} of its images are in the training set itself, which may be poisoned; hold out clean images "
+                    "that the model was not trained on."
+                )
+
+    def scoring(self) -> tuple[Tensor, Tensor]:
+        """Images and labels of the scoring part, on the module's device."""
+        return self._all(self.holdout.scoring)
+
+    def validation(self) -> tuple[Tensor, Tensor]:
+        """Images and labels of the validation part, on the module's device."""
+        return self._all(self.holdout.validation)
+
+    def first(self) -> tuple[Tensor, Tensor]:
+        """One scoring image with its label, on the module's device."""
+        return self._all(Subset(self.holdout.scoring, [0]))
+
+    def test(self, trigger: Trigger, num_classes: int) -> Iterator[Pairs]:
+        """Batches of the test part with their triggered copies; nothing is kept in memory."""
+        if self._test_loader is None:
+            return
+        for batch in self._test_loader:
+            images, labels = self._transferred(batch)
+            yield Pairs.stamp(images, labels, trigger, num_classes=num_classes).to(
+                self.module.device, self.module.dtype
+            )
+
+    def _all(self, part: Dataset[Any]) -> tuple[Tensor, Tensor]:
+        holdout = self.holdout
+        loader: DataLoader[Any] = DataLoader(
+            part, batch_size=holdout.batch_size, num_workers=holdout.num_workers, collate_fn=self._collate
+        )
+        images, labels = zip(*(self._transferred(batch) for batch in loader), strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    def _transferred(self, batch: Any) -> tuple[Tensor, Tensor]:
+        batch = self._hook("on_before_batch_transfer")(batch, 0)
+        batch = self._hook("transfer_batch_to_device")(batch, self.module.device, 0)
+        batch = self._hook("on_after_batch_transfer")(batch, 0)
+        images, labels = item_parts(batch)
+        return images, labels
+
+    def _hook(self, name: str) -> Any:
+        owner = self._hooks if is_overridden(name, self._hooks, DataHooks) else self.module
+        return getattr(owner, name)

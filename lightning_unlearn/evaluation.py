@@ -1,0 +1,98 @@
+"""ACC, ASR, RA and losses of a model on pairs of clean and triggered images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the usual name
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.metrics import AttackSuccessRate, RecoveryAccuracy
+
+__all__ = ["Evaluation", "evaluate", "logits_of"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model does on pairs of clean and triggered images.
+
+    Args:
+        acc: accuracy on clean images, in [0, 1].
+        asr: attack success rate, in [0, 1]; NaN if every image is of the target class.
+        ra: recovery accuracy, in [0, 1]; NaN likewise.
+        loss: mean cross-entropy of clean images, in nats.
+        unlearning_loss: mean cross-entropy of triggered images against their true labels, L_u, in nats.
+    """
+
+    acc: float
+    asr: float
+    ra: float
+    loss: float
+    unlearning_loss: float
+
+    def rates(self) -> dict[str, float]:
+        """The three rates by name, as reports hold them."""
+        return {"acc": self.acc, "asr": self.asr, "ra": self.ra}
+
+
+def logits_of(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Call a classifier and check that what it returns are logits, (N, C), returned as float32.
+
+    Raises:
+        ValueError: if the output is not a floating-point (N, C) tensor with two classes or more.
+    """
+    logits = forward(images)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"model: expected logits of shape ({len(images)}, classes) from its forward pass, but got {got}; "
+            "wrap the model, or override the callback's `logits`, so that one tensor of class logits comes back."
+        )
+    return logits.float()
+
+
+@torch.inference_mode()
+def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Pairs]) -> Evaluation:
+    """Measure a classifier on pairs, batch by batch, with one synchronisation with the device at the end.
+
+    Sums and counts are kept over batches, so a small last batch weighs as much as its images.
+
+    Args:
+        forward: images to (N, C) logits, with every layer in eval mode.
+        batches: pairs on the model's device.
+
+    Raises:
+        ValueError: if the outputs are not logits or there is no batch.
+
+    Example:
+        >>> import torch
+        >>> from lightning_unlearn.data.pairs import Pairs
+        >>> from lightning_unlearn.evaluation import evaluate
+        >>> clean, triggered = torch.tensor([[0.0, 5.0], [5.0, 0.0]]), torch.tensor([[5.0, 0.0], [5.0, 0.0]])
+        >>> pairs = Pairs(clean, triggered, labels=torch.tensor([1, 0]), targets=torch.tensor([0, 0]))
+        >>> evaluate(lambda images: images, [pairs]).rates()  # the second image is of the target class: no part of ASR
+        {'acc': 1.0, 'asr': 1.0, 'ra': 0.0}
+    """
+    rates: MetricCollection | None = None
+    losses = {"loss": MeanMetric(), "unlearning_loss": MeanMetric()}
+    for pairs in batches:
+        # One forward pass over both halves: on small batches the launch, not the arithmetic, is what costs.
+        clean, triggered = logits_of(forward, torch.cat([pairs.clean, pairs.triggered])).split(len(pairs))
+        if rates is None:
+            device = clean.device
+            rates = MetricCollection({"asr": AttackSuccessRate(), "ra": RecoveryAccuracy()}).to(device)
+            accuracy = MulticlassAccuracy(clean.shape[1], average="micro", validate_args=False).to(device)
+            losses = {name: metric.to(device) for name, metric in losses.items()}
+        accuracy.update(clean.argmax(1), pairs.labels)
+        rates.update(triggered.argmax(1), pairs.labels, pairs.targets)
+        for name, logits in (("loss", clean), ("unlearning_loss", triggered)):
+            losses[name].update(F.cross_entropy(logits, pairs.labels, reduction="none"))
+    if rates is None:
+        raise ValueError("batches: there is nothing to evaluate on; pass at least one batch of pairs.")
+    values = rates.compute() | {"acc": accuracy.compute()} | {name: metric.compute() for name, metric in losses.items()}
+    return Evaluation(**dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True)))

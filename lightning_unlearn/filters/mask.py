@@ -1,0 +1,239 @@
+"""Prune filters reversibly: zero them, undo exactly, keep them zero while an optimizer steps."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.filters.layer import ChannelTensor, FilterLayer
+
+__all__ = ["FilterId", "FilterMask"]
+
+FilterId = tuple[str, int]
+"""A filter: (qualified name of its convolution, index of its output channel)."""
+_Saved = tuple[Callable[[], Tensor], Tensor]  # where values live, and what they were
+
+
+class FilterMask:
+    """Which filters are pruned, and the values that pruning overwrote.
+
+    Pruning filter ``i`` zeroes its weight, its bias and the entries ``i`` of the norms that consume it. Zeroing the
+    filter alone is not enough: the norm would go on emitting the constant β − γμ/σ. Parameters stay plain tensors
+    with zeros in them, so checkpoints, ``deepcopy`` and export need to know nothing of it.
+
+    Filters also have one flat index, by which scores over all layers are laid out: layer by layer in order.
+
+    Args:
+        layers: what :func:`find_filters` found.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_unlearn.filters import FilterMask, find_filters
+        >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
+        >>> mask = FilterMask(find_filters(net, torch.rand(1, 1, 4, 4)))
+        >>> mask.prune([("0", 1)])
+        >>> net[0].weight[1].abs().sum().item(), mask.to_dict()
+        (0.0, {'0': [1]})
+        >>> mask.undo()
+        >>> mask.to_dict()
+        {}
+    """
+
+    def __init__(self, layers: Sequence[FilterLayer]) -> None:
+        self.layers = tuple(layers)
+        self._by_name = {layer.name: layer for layer in self.layers}
+        self._ends = list(accumulate(layer.channels for layer in self.layers))
+        self._steps: list[tuple[list[FilterId], list[_Saved]]] = []  # what was pruned, what stood there before
+
+    @property
+    def total(self) -> int:
+        """Number of filters in all layers."""
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def pruned(self) -> tuple[FilterId, ...]:
+        """The pruned filters in the order of pruning."""
+        return tuple(filter_id for filters, _ in self._steps for filter_id in filters)
+
+    @property
+    def steps(self) -> int:
+        """How many calls of :meth:`prune` and :meth:`fold` can be undone."""
+        return len(self._steps)
+
+    def locate(self, index: int) -> FilterId:
+        """Name the filter with the flat index ``index``."""
+        if not 0 <= index < self.total:
+            raise IndexError(f"index: {index} is not among the {self.total} filters.")
+        position = bisect_right(self._ends, index)
+        layer = self.layers[position]
+        return layer.name, index - (self._ends[position] - layer.channels)
+
+    def flat(self, device: torch.device | str = "cpu") -> Tensor:
+        """The mask as one bool tensor over all filters, (total,): true where pruned."""
+        tensors = self.state_dict()
+        return torch.cat([tensors[layer.name] for layer in self.layers]).to(device)
+
+    def prune(self, filters: Sequence[FilterId]) -> None:
+        """Zero filters, as one step that :meth:`undo` takes back.
+
+        Raises:
+            ValueError: if a layer or filter does not exist, is named twice or is pruned already; nothing is changed.
+        """
+        chosen = [(str(name), int(index)) for name, index in filters]
+        taken = set(self.pruned)
+        for name, index in chosen:
+            if name not in self._by_name or not 0 <= index < self._by_name[name].channels:
+                raise ValueError(
+                    f"filters: there is no filter {index} of layer {name!r}; layers are {sorted(self._by_name)}."
+                )
+            if (name, index) in taken:
+                raise ValueError(f"filters: filter {index} of layer {name!r} is pruned already or named twice.")
+            taken.add((name, index))
+        saved: list[_Saved] = []
+        for name, indices in _by_layer(chosen).items():
+            layer = self._by_name[name]
+            saved += [(place, place().clone()) for index in indices for place in _places(layer, index)]
+            layer.zero(_bools(indices, layer.channels, layer.weight.device))
+        self._steps.append((chosen, saved))
+
+    @torch.no_grad()
+    def fold(self, scales: Tensor, *, zero_below: float = 0.0) -> None:
+        """Scale every channel by a factor, exactly and for good, and prune those whose factor is at or below a limit.
+
+        Args:
+            scales: (total,) factors in [0, 1] by flat index.
+            zero_below: prune instead of scale where the factor is at most this.
+        """
+        filters = [self.locate(int(i)) for i in (scales <= zero_below).nonzero().flatten().tolist()]
+        filters = [filter_id for filter_id in filters if filter_id not in set(self.pruned)]
+        saved: list[_Saved] = []
+        for layer, factors in zip(self.layers, self.split(scales), strict=True):
+            for channels, scaled in layer.scaled(factors):
+                saved.append((partial(getattr, channels, "tensor"), channels.tensor.detach().clone()))
+                channels.tensor.copy_(scaled)
+        self._steps.append(([], saved))
+        self.prune(filters)
+        pruned = self._steps.pop()  # one call, one step to undo
+        self._steps[-1] = (pruned[0], [*self._steps[-1][1], *pruned[1]])
+
+    def split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """Cut a flat tensor, (total,), into one piece a layer."""
+        return flat.split([layer.channels for layer in self.layers])
+
+    @torch.no_grad()
+    def undo(self, steps: int = 1) -> None:
+        """Take back the last ``steps`` steps, bit for bit.
+
+        Values that an optimizer changed since in *other* filters stay as they are.
+
+        Raises:
+            ValueError: if there are fewer steps.
+        """
+        if not 0 <= steps <= len(self._steps):
+            raise ValueError(f"steps: cannot undo {steps} of {len(self._steps)} steps.")
+        for _ in range(steps):
+            for place, before in reversed(self._steps.pop()[1]):
+                place().copy_(before)
+
+    @contextmanager
+    def scaled(self, scales: Tensor) -> Iterator[None]:
+        """Multiply every channel by a factor within the ``with`` block, differentiably in ``scales``, weights untouched.
+
+        The forward pass inside is exactly what :meth:`fold` would leave for good.
+
+        Args:
+            scales: (total,) factors by flat index, on the model's device.
+        """
+        displaced: list[tuple[ChannelTensor, Tensor]] = []
+        try:
+            for layer, factors in zip(self.layers, self.split(scales), strict=True):
+                displaced += [(channels, channels.substitute(scaled)) for channels, scaled in layer.scaled(factors)]
+            yield
+        finally:
+            for channels, tensor in displaced:
+                channels.substitute(tensor)
+
+    def hold(self) -> None:
+        """Zero the pruned filters again, for instance after an optimizer step that let them regrow."""
+        for name, indices in _by_layer(self.pruned).items():
+            layer = self._by_name[name]
+            layer.zero(_bools(indices, layer.channels, layer.weight.device))
+
+    @contextmanager
+    def held(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Keep pruned filters at zero through every step of ``optimizer`` within the ``with`` block."""
+        masks = [
+            (self._by_name[name], _bools(indices, self._by_name[name].channels, self._by_name[name].weight.device))
+            for name, indices in _by_layer(self.pruned).items()
+        ]
+
+        def zero_again(*_: Any) -> None:
+            for layer, channels in masks:
+                layer.zero(channels)
+
+        handle = optimizer.register_step_post_hook(zero_again)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def to_dict(self) -> dict[str, list[int]]:
+        """Pruned filters by layer as plain Python, sorted; layers without any are left out."""
+        by_layer = _by_layer(self.pruned)
+        return {layer.name: sorted(by_layer[layer.name]) for layer in self.layers if layer.name in by_layer}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The mask as bool tensors on the CPU, (channels,) a layer, true where pruned."""
+        by_layer = _by_layer(self.pruned)
+        return {layer.name: _bools(by_layer.get(layer.name, []), layer.channels, "cpu") for layer in self.layers}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Prune what another mask of the same network has pruned, and this one has not.
+
+        Raises:
+            ValueError: if the layers or their sizes differ.
+        """
+        own = {layer.name: layer.channels for layer in self.layers}
+        given = {name: bools.numel() for name, bools in state.items()}
+        if own != given:
+            raise ValueError(f"state: it masks layers {given}, but the model has {own}.")
+        done = set(self.pruned)
+        wanted = [(name, int(i)) for name, bools in state.items() for i in bools.nonzero().flatten().tolist()]
+        self.prune([filter_id for filter_id in wanted if filter_id not in done])
+
+
+def _places(layer: FilterLayer, index: int) -> Iterator[Callable[[], Tensor]]:
+    """Where to find everything that zeroing a filter overwrites, looked up anew since a model may have moved meanwhile."""
+
+    def weight() -> Tensor:
+        view = layer.by_filter(layer.weight.detach())
+        return view[divmod(index, view.shape[1])]
+
+    yield weight
+    for companion in (*layer.bias, *layer.norms):
+        yield partial(_entry, companion, index)
+
+
+def _entry(companion: ChannelTensor, index: int) -> Tensor:
+    return companion.by_channel(companion.tensor.detach())[index]
+
+
+def _by_layer(filters: Sequence[FilterId]) -> dict[str, list[int]]:
+    layers: dict[str, list[int]] = {}
+    for name, index in filters:
+        layers.setdefault(name, []).append(index)
+    return layers
+
+
+def _bools(indices: Sequence[int], size: int, device: torch.device | str) -> Tensor:
+    bools = torch.zeros(size, dtype=torch.bool)
+    bools[list(indices)] = True
+    return bools.to(device)

@@ -1,0 +1,52 @@
+"""Leave a model as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["intact"]
+
+
+@contextmanager
+def intact(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Work on a model in eval mode with gradients enabled, and leave it intact.
+
+    On leaving, every submodule's ``training`` flag, every parameter's ``requires_grad`` and ``.grad``, and the global
+    random state are as they were. After an exception (Ctrl-C included), all parameters and buffers are too, bit for
+    bit; without one, what was written into them stays.
+
+    Args:
+        model: any module.
+
+    Yields:
+        The model's parameters and buffers as they were on entering, by name, for whoever wants to go back.
+    """
+    flags = {module: module.training for module in model.modules()}
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    devices = sorted({t.device.index or 0 for t in tensors.values() if t.is_cuda})
+    try:
+        # A repair may be started inside a validation loop, where Lightning switches gradients off.
+        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+            model.eval()
+            for parameter, _, _ in parameters:
+                parameter.grad = None
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(True)
+            yield before
+    except BaseException:
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(before[name])
+        raise
+    finally:
+        for module, training in flags.items():
+            module.training = training
+        for parameter, requires_grad, grad in parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad

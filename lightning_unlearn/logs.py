@@ -1,0 +1,55 @@
+"""A repair in the Trainer's loggers: scalars for all of them, pictures for those that take pictures."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from lightning.pytorch import Trainer
+from torchvision.utils import make_grid
+
+from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.methods import Round
+from lightning_unlearn.report import Report
+from lightning_unlearn.triggers import Trigger
+
+__all__ = ["log_pictures", "log_report", "log_round"]
+
+_SCALARS = ("val_acc", "val_asr", "val_ra", "val_loss", "val_unlearning_loss")
+
+
+def log_round(trainer: Trainer, done: Round, pruned: int) -> None:
+    """Log one round under ``unlearn/``; steps go on from where training stopped, since some loggers share one step column."""
+    values = {f"unlearn/{name}": value for name, value in asdict(done).items() if name in _SCALARS}
+    _log(trainer, values | {"unlearn/pruned_in_rounds": float(pruned)}, trainer.global_step + done.round)
+
+
+def log_report(trainer: Trainer, report: Report) -> None:
+    """Log the rates before and after, and leave them in ``trainer.callback_metrics``, which outlive ``fit``."""
+    values = {
+        "unlearn/der": report.der,
+        "unlearn/rir": report.rir,
+        "unlearn/filters_pruned": float(report.filters["pruned"]),
+    }
+    for when, rates in (("before", report.before), ("after", report.after)):
+        values |= {f"unlearn/{name}_{when}": rate for name, rate in rates.items()}
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+    _log(trainer, values, trainer.global_step + len(report.rounds))
+
+
+def log_pictures(trainer: Trainer, pairs: Pairs, trigger: Trigger) -> None:
+    """Log up to eight clean images, the same with the trigger, and what the trigger changed, shown around mid-grey."""
+    clean, triggered = pairs.clean[:8].detach().float().cpu(), pairs.triggered[:8].detach().float().cpu()
+    if trigger.normalization is not None:
+        clean, triggered = trigger.normalization.invert(clean), trigger.normalization.invert(triggered)
+    pictures = {"clean": clean, "triggered": triggered, "trigger": ((triggered - clean) + 1) / 2}
+    for logger in trainer.loggers:
+        add_image = getattr(logger.experiment, "add_image", None)  # TensorBoard's; others are left out
+        if callable(add_image):
+            for name, images in pictures.items():
+                add_image(f"unlearn/{name}", make_grid(images.clamp(0, 1), nrow=4), trainer.global_step)
+
+
+def _log(trainer: Trainer, values: dict[str, float], step: int) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step)

@@ -1,0 +1,143 @@
+"""What every repair method gets, gives back round by round, and may count on."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.evaluation import Evaluation, evaluate
+from lightning_unlearn.filters import FilterId, FilterMask
+
+__all__ = ["RepairMethod", "RepairTask", "Round", "Stage", "Stopwatch", "check_range"]
+
+Stage = Literal["prune", "learn", "finetune"]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One step of a repair, measured on the validation part.
+
+    Args:
+        round: number of the round, from 1, counted through all stages.
+        stage: whether filters were pruned, masks learned or weights fine-tuned.
+        pruned: the (layer, filter) pairs that this round zeroed; a later choice of the best round may restore them.
+        val_acc: accuracy on clean validation images, in [0, 1].
+        val_asr: attack success rate on triggered validation images, in [0, 1].
+        val_ra: recovery accuracy on triggered validation images, in [0, 1].
+        val_loss: mean cross-entropy on clean validation images, in nats.
+        val_unlearning_loss: mean cross-entropy of triggered validation images against their true labels, in nats.
+    """
+
+    round: int
+    stage: Stage
+    pruned: tuple[FilterId, ...]
+    val_acc: float
+    val_asr: float
+    val_ra: float
+    val_loss: float
+    val_unlearning_loss: float
+
+
+class Stopwatch:
+    """Seconds spent on named kinds of work.
+
+    Example:
+        >>> from lightning_unlearn.methods.base import Stopwatch
+        >>> watch = Stopwatch()
+        >>> with watch.measure("score"):
+        ...     pass
+        >>> list(watch.seconds)
+        ['score']
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, kind: str) -> Iterator[None]:
+        """Add the time of the ``with`` block to ``seconds[kind]``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - start
+
+
+@dataclass(eq=False)
+class RepairTask:
+    """A model to repair, in eval mode with gradients enabled, and what the defender holds.
+
+    Args:
+        model: the module whose parameters a method may change.
+        forward: images to (N, C) logits, through the model.
+        mask: the model's filters; methods prune through it so that every change can be undone.
+        scoring: pairs that a method may learn from, on the model's device.
+        validation: pairs that decide when to stop and which round to keep, on the model's device.
+        before: the untouched model on ``validation``.
+        batch_size: most pairs in one forward pass.
+        seed: seed of every random choice that a method makes.
+    """
+
+    model: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    mask: FilterMask
+    scoring: Pairs
+    validation: Pairs
+    before: Evaluation
+    batch_size: int = 128
+    seed: int = 0
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    rounds: int = 0
+
+    def validate(self) -> Evaluation:
+        """Measure the model as it is now on the validation part."""
+        with self.watch.measure("evaluate"):
+            return evaluate(self.forward, self.validation.batches(self.batch_size))
+
+    def round(self, stage: Stage, now: Evaluation, pruned: tuple[FilterId, ...] = ()) -> Round:
+        """Number the next round and record what it came to."""
+        self.rounds += 1
+        return Round(self.rounds, stage, pruned, now.acc, now.asr, now.ra, now.loss, now.unlearning_loss)
+
+    def generator(self) -> torch.Generator:
+        """A fresh CPU generator with the task's seed, the same on every process and device."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+class RepairMethod(ABC):
+    """Removes a backdoor from a model, in place, round by round.
+
+    A method is a set of hyper-parameters. All state is in the :class:`RepairTask` it is given, so one instance can
+    repair many models. If the generator is closed or fails before its end, the caller restores the model.
+    """
+
+    @abstractmethod
+    def repair(self, task: RepairTask) -> Iterator[Round]:
+        """Repair ``task.model`` in place and yield a :class:`Round` as each is measured.
+
+        When the generator ends the model is repaired, all modules are in eval mode and no hook is left.
+        """
+
+    @property
+    def name(self) -> str:
+        """The method's name in reports and tables."""
+        return type(self).__name__
+
+
+def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    """Refuse a hyper-parameter outside its range.
+
+    Raises:
+        ValueError: naming the argument, what was given and what would be right.
+    """
+    too_low = value <= low if open_low else value < low
+    if too_low or not value <= high:
+        raise ValueError(f"{name}: expected a value in {'(' if open_low else '['}{low}, {high}], but got {value}.")

@@ -1,0 +1,187 @@
+"""Mask-Prune: learn by gradient descent how much of each channel to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the usual name
+
+from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.evaluation import Evaluation, logits_of
+from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
+from lightning_unlearn.methods.fine_tuning import FineTuning
+
+__all__ = ["MaskPrune"]
+
+
+class MaskPrune(RepairMethod):
+    """Learn a mask m ∈ [0, 1] on every convolution channel that makes triggered images be answered like clean ones.
+
+    All masks start at 1 and Adam descends, with weights frozen and norms in eval mode,
+
+        L(m) = D(x) + D(T(x)) + sparsity · Σ(1 − m)
+
+    where, with ``teacher="victim"``, D(z) = KL(victim(x) ‖ masked(z)): the masked model must answer the triggered image as
+    the *untouched victim answers the clean one*, which needs no labels; and with ``teacher="labels"``, D is the
+    cross-entropy against the true labels. The first step's gradient is the signed Taylor score of
+    :class:`GradPrune`; the next ones correct it for what the other masks already do. This is this project's own method.
+
+    A mask is applied exactly by scaling γ and β of the norm that consumes the channel, or else the filter and its bias.
+
+    Args:
+        teacher: ``"victim"`` or ``"labels"``, see above.
+        cut: what becomes of the learned masks. ``"soft"`` folds them into the weights and prunes only channels at 0;
+            ``"mixed"`` prunes channels at or below ``zero_below`` and folds the rest; ``"hard"`` folds nothing, and
+            prunes channels in rising order of m as far as validation L_u + L_clean is lowest.
+        steps: Adam steps.
+        learning_rate: of Adam.
+        batch_size: clean images a step, with as many triggered ones.
+        sparsity: weight of Σ(1 − m); negative values would reward keeping channels.
+        zero_below: channels at or below this are pruned by ``"mixed"``, in [0, 1).
+        validate_every: steps from one validation to the next, each a round.
+        accuracy_drop: α, the largest drop of validation accuracy, a fraction in (0, 1]; a later round that costs more
+            is not kept.
+        finetune: fine-tune afterwards on clean and triggered images; ``True`` for :class:`FineTuning`'s settings.
+
+    Raises:
+        ValueError: if a hyper-parameter is out of range.
+
+    Example:
+        >>> from lightning_unlearn.methods import MaskPrune
+        >>> MaskPrune(cut="soft", steps=50).name
+        'MaskPrune'
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher: Literal["victim", "labels"] = "victim",
+        cut: Literal["soft", "mixed", "hard"] = "mixed",
+        steps: int = 150,
+        learning_rate: float = 0.05,
+        batch_size: int = 64,
+        sparsity: float = 1e-3,
+        zero_below: float = 0.05,
+        validate_every: int = 10,
+        accuracy_drop: float = 0.1,
+        finetune: bool | FineTuning = False,
+    ) -> None:
+        if teacher not in ("victim", "labels"):
+            raise ValueError(f"teacher: expected 'victim' or 'labels', but got {teacher!r}.")
+        if cut not in ("soft", "mixed", "hard"):
+            raise ValueError(f"cut: expected 'soft', 'mixed' or 'hard', but got {cut!r}.")
+        check_range("steps", steps, 1, float("inf"))
+        check_range("learning_rate", learning_rate, 0, float("inf"), open_low=True)
+        check_range("batch_size", batch_size, 1, float("inf"))
+        check_range("zero_below", zero_below, 0, 1)
+        check_range("validate_every", validate_every, 1, float("inf"))
+        check_range("accuracy_drop", accuracy_drop, 0, 1, open_low=True)
+        self.teacher = teacher
+        self.cut = cut
+        self.steps = steps
+        self.learning_rate = learning_rate
+        self.batch_size = batch_size
+        self.sparsity = sparsity
+        self.zero_below = zero_below
+        self.validate_every = validate_every
+        self.accuracy_drop = accuracy_drop
+        self.finetune = FineTuning(triggered=True, accuracy_drop=accuracy_drop) if finetune is True else finetune
+
+    def repair(self, task: RepairTask) -> Iterator[Round]:
+        """Learn the masks, cut, fine-tune where asked to."""
+        masks = yield from self._learn(task)
+        if self.cut == "hard":
+            yield self._prune_prefix(task, masks)
+        else:
+            task.mask.fold(masks, zero_below=self.zero_below if self.cut == "mixed" else 0.0)
+            yield task.round("prune", task.validate(), task.mask.pruned)
+        if self.finetune:
+            yield from self.finetune.repair(task)
+
+    def _learn(self, task: RepairTask) -> Iterator[Round]:
+        device = task.scoring.labels.device
+        masks = torch.ones(task.mask.total, device=device, requires_grad=True)
+        optimizer = torch.optim.Adam([masks], lr=self.learning_rate)
+        wanted = self._answers(task)
+        best_loss, best = float("inf"), masks.detach().clone()
+        for step, chosen in enumerate(self._batches(task), start=1):
+            with task.watch.measure("score"):
+                with task.mask.scaled(masks):
+                    loss = self._disagreement(task, task.scoring[chosen], wanted[chosen])
+                loss = loss + self.sparsity * (1 - masks).sum()
+                (masks.grad,) = torch.autograd.grad(loss, masks)
+                if step == 1:
+                    _check_gradient(masks.grad)
+                optimizer.step()
+                with torch.no_grad():
+                    masks.clamp_(0, 1)
+            if step % self.validate_every == 0 or step == self.steps:
+                with task.mask.scaled(masks.detach()):
+                    now = task.validate()
+                if _loss(now) <= best_loss and task.before.acc - now.acc < self.accuracy_drop - 1e-6:
+                    best_loss = _loss(now)
+                    best.copy_(masks.detach())
+                yield task.round("learn", now)
+        return best
+
+    @torch.no_grad()
+    def _answers(self, task: RepairTask) -> Tensor:
+        """What to answer for each scoring image, (N, C) probabilities."""
+        batches = [logits_of(task.forward, pairs.clean) for pairs in task.scoring.batches(task.batch_size)]
+        logits = torch.cat(batches)
+        if self.teacher == "labels":
+            return F.one_hot(task.scoring.labels, logits.shape[1]).float()
+        return logits.softmax(1)
+
+    def _disagreement(self, task: RepairTask, pairs: Pairs, wanted: Tensor) -> Tensor:
+        """D(x) + D(T(x)); for one-hot answers the divergence is the cross-entropy."""
+        logits = logits_of(task.forward, torch.cat([pairs.clean, pairs.triggered]))
+        return 2 * F.kl_div(logits.log_softmax(1), wanted.repeat(2, 1), reduction="batchmean")
+
+    def _batches(self, task: RepairTask) -> Iterator[Tensor]:
+        """Indices of ``steps`` batches, each epoch in a new order."""
+        generator, left = task.generator(), self.steps
+        while left:
+            order = torch.randperm(len(task.scoring), generator=generator).to(task.scoring.labels.device)
+            for chosen in order.split(self.batch_size)[:left]:
+                yield chosen
+                left -= 1
+
+    def _prune_prefix(self, task: RepairTask, masks: Tensor) -> Round:
+        """Prune channels in rising order of their mask as far as the validation loss falls, in at most 20 trials."""
+        lowered = masks[masks < 1].sort().values
+        cuts = (
+            lowered[torch.linspace(0, len(lowered) - 1, min(20, len(lowered))).long().unique()]
+            if len(lowered)
+            else lowered
+        )
+        order = masks.argsort(stable=True).tolist()
+        best, best_loss, kept = task.before, _loss(task.before), 0
+        counts = (masks[None] <= cuts[:, None]).sum(1).tolist()
+        for count in counts:
+            task.mask.prune([task.mask.locate(index) for index in order[len(task.mask.pruned) : count]])
+            now = task.validate()
+            if _loss(now) < best_loss and task.before.acc - now.acc < self.accuracy_drop - 1e-6:
+                best, best_loss, kept = now, _loss(now), task.mask.steps
+        task.mask.undo(task.mask.steps - kept)
+        return task.round("prune", best, task.mask.pruned)
+
+
+def _loss(now: Evaluation) -> float:
+    return now.loss + now.unlearning_loss
+
+
+def _check_gradient(gradient: Tensor) -> None:
+    if not gradient.isfinite().all():
+        raise ValueError(
+            "model: the gradients of the unlearning loss hold NaN or infinity, so no mask can be learned; check the weights and the "
+            "range of the images."
+        )
+    if not gradient.ne(gradient[0]).any():
+        raise ValueError(
+            "model: the unlearning loss has no gradient in any filter (all are zero), so no mask can be learned; check that logits "
+            "depend on the convolutions and are not detached or saturated."
+        )

@@ -1,0 +1,52 @@
+"""Rounds of a repair in the Trainer's own progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from lightning_unlearn.methods import Round
+
+__all__ = ["round_progress"]
+
+
+def _line(done: Round) -> str:
+    return f"Unlearning · {done.stage} · val ACC {done.val_acc:.3f} · val ASR {done.val_asr:.3f} · L_u {done.val_unlearning_loss:.3f}"
+
+
+@contextmanager
+def round_progress(trainer: Trainer) -> Iterator[Callable[[Round], None]]:
+    """Show rounds as they come where the Trainer shows its epochs: Rich, tqdm, or nothing if it shows nothing.
+
+    How many rounds there will be is not known beforehand, since the search stops by itself.
+
+    Yields:
+        What to call with each round.
+    """
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
+        progress = bar.progress
+        task = progress.add_task("Unlearning", total=1)
+
+        def advance(done: Round) -> None:
+            # Lightning's columns need a total; it stays one round ahead.
+            progress.update(task, completed=done.round, total=done.round + 1, description=_line(done))
+
+        try:
+            yield advance
+        finally:
+            progress.remove_task(task)
+    elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+        with Tqdm(desc="Unlearning", unit="round", leave=True, position=0) as rounds:
+
+            def show(done: Round) -> None:
+                rounds.set_description(_line(done), refresh=False)
+                rounds.update()
+
+            yield show
+    else:
+        yield lambda done: None

@@ -1,0 +1,262 @@
+"""Repair a plain PyTorch model: no Trainer needed, and no knowledge of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from lightning_unlearn.data.holdout import split_holdout
+from lightning_unlearn.data.labels import item_parts, labels_of
+from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
+from lightning_unlearn.filters import FilterMask, find_filters
+from lightning_unlearn.intact import intact
+from lightning_unlearn.methods import MaskPrune, RepairMethod, RepairTask, Round, Stopwatch
+from lightning_unlearn.triggers import Trigger, find_normalization
+
+__all__ = ["ImagesAndLabels", "RepairResult", "Split", "repair", "repair_split"]
+
+ImagesAndLabels = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The clean images that a defender holds, in two parts.
+
+    Args:
+        scoring: (N, C, H, W) images and (N,) labels that a method learns from.
+        validation: images and labels that decide when to stop and which round to keep.
+    """
+
+    scoring: ImagesAndLabels
+    validation: ImagesAndLabels
+
+
+@dataclass(frozen=True, eq=False)
+class RepairResult:
+    """What a repair did. All rates are fractions of 1, measured on the clean images that the defender holds.
+
+    Args:
+        method: name of the method.
+        status: ``"repaired"``; ``"not backdoored"`` if the attack success rate was low from the start and the model was left
+            alone; ``"not improved"`` if the method found nothing better than the original, which was put back.
+        before: the original model on the validation part.
+        after: the model as it is now on the validation part.
+        rounds: every round in order.
+        mask: the filters, and which of them are pruned.
+        scoring: the pairs that were scored.
+        seconds: wall-clock time by kind of work: ``score``, ``evaluate``, ``finetune``, ``total``.
+    """
+
+    method: str
+    status: str
+    before: Evaluation
+    after: Evaluation
+    rounds: tuple[Round, ...]
+    mask: FilterMask
+    scoring: Pairs
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def pruned(self) -> dict[str, list[int]]:
+        """Pruned filters by layer, sorted."""
+        return self.mask.to_dict()
+
+    @property
+    def scoring_images(self) -> Tensor:
+        """(N, C, H, W) exactly the images whose unlearning loss was scored: with the trigger applied."""
+        return self.scoring.triggered
+
+    @property
+    def scoring_labels(self) -> Tensor:
+        """(N,) the true labels of :attr:`scoring_images`."""
+        return self.scoring.labels
+
+
+def repair(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    trigger: Trigger,
+    method: RepairMethod | None = None,
+    samples_per_class: int | None = 10,
+    share: float | None = None,
+    validation_share: float = 0.1,
+    seed: int = 0,
+    batch_size: int = 128,
+    force: bool = False,
+    min_asr: float = 0.1,
+    on_round: Callable[[Round], object] | None = None,
+) -> RepairResult:
+    """Remove a backdoor from a model, in place, with a few clean images per class.
+
+    The images are drawn per class by ``seed`` and split into a scoring and a validation part. Nothing else is ever read.
+    After any exception the model is bit for bit what it was.
+
+    Args:
+        model: a classifier whose forward takes (N, C, H, W) images and returns (N, classes) logits.
+        dataset: a map-style dataset of clean images, as the model takes them, with true labels.
+        trigger: the trigger to unlearn. If it was told no normalisation and the dataset's transforms hold a torchvision
+            ``Normalize``, that one is used.
+        method: the repair method; :class:`MaskPrune` by default.
+        samples_per_class: clean images drawn per class (SPC), at least 2.
+        share: the share of ``dataset`` to draw instead, in (0, 1]; then give ``samples_per_class=None``.
+        validation_share: the part of each class that validates, at least one image.
+        seed: seed of the draw and of everything random in the method.
+        batch_size: most images in one forward pass.
+        force: repair even if the trigger's attack success rate is already low.
+        min_asr: below this rate, on the images drawn, a model counts as not backdoored and is left alone.
+        on_round: called with every :class:`Round` as it is measured.
+
+    Returns:
+        What was done; the model itself is changed in place.
+
+    Raises:
+        ValueError: if an argument, the data, the trigger or the model does not fit, naming which and how to mend it.
+        TypeError: if an argument is of the wrong type.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import TensorDataset
+        >>> from lightning_unlearn import repair
+        >>> from lightning_unlearn.methods import GradPrune
+        >>> from lightning_unlearn.triggers import PatchTrigger
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        >>> clean = TensorDataset(torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
+        >>> method = GradPrune(max_rounds=1, finetune=False)
+        >>> result = repair(net, clean, trigger=PatchTrigger(target=0), method=method, force=True)
+        >>> len(result.rounds), len(result.rounds[0].pruned), len(result.scoring_images)
+        (1, 1, 18)
+    """
+    if not isinstance(trigger, Trigger):
+        raise TypeError(
+            f"trigger: expected a lightning_unlearn.triggers.Trigger, but got {type(trigger).__name__}. Estimating an unknown trigger is "
+            "not built yet; wrap a function of your own in FunctionTrigger."
+        )
+    holdout = split_holdout(
+        labels_of(dataset),
+        samples_per_class=samples_per_class,
+        share=share,
+        validation_share=validation_share,
+        seed=seed,
+    )
+    scoring, validation = (_load(Subset(dataset, part)) for part in (holdout.scoring, holdout.validation))
+    if trigger.normalization is None and (normalization := find_normalization(dataset)) is not None:
+        trigger = trigger.normalized(normalization)
+    return repair_split(
+        model,
+        Split(scoring, validation),
+        trigger=trigger,
+        method=method,
+        seed=seed,
+        batch_size=batch_size,
+        force=force,
+        min_asr=min_asr,
+        on_round=on_round,
+    )
+
+
+def repair_split(
+    model: nn.Module,
+    split: Split,
+    *,
+    trigger: Trigger,
+    method: RepairMethod | None = None,
+    seed: int = 0,
+    batch_size: int = 128,
+    force: bool = False,
+    min_asr: float = 0.1,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    on_round: Callable[[Round], object] | None = None,
+) -> RepairResult:
+    """Remove a backdoor from a model with clean images that are split and loaded already.
+
+    Args:
+        model: as for :func:`repair`.
+        split: the clean images, as the model takes them.
+        trigger: as for :func:`repair`, told the images' normalisation if there is one.
+        method: as for :func:`repair`.
+        seed: as for :func:`repair`.
+        batch_size: as for :func:`repair`.
+        force: as for :func:`repair`.
+        min_asr: as for :func:`repair`.
+        forward: how to get logits from images; the model itself by default.
+        on_round: as for :func:`repair`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: as for :func:`repair`.
+    """
+    method = method or MaskPrune()
+    if not isinstance(method, RepairMethod):
+        raise TypeError(f"method: expected a lightning_unlearn.methods.RepairMethod, but got {type(method).__name__}.")
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper shares the parameters of what it wraps
+    forward = forward or model
+    watch, rounds = Stopwatch(), []
+    with intact(model) as original, watch.measure("total"):
+        first = next(model.parameters(), torch.empty(0))
+        probe = split.scoring[0][:1].to(first.device, first.dtype)
+        layers = find_filters(model, probe, forward)
+        with torch.no_grad():
+            logits = logits_of(forward, probe)
+        if not logits.isfinite().all():
+            raise ValueError("model: its logits hold NaN or infinity; check the weights and the range of the images.")
+        scoring, validation = (
+            Pairs.stamp(images, labels, trigger, num_classes=logits.shape[1]).to(first.device, first.dtype)
+            for images, labels in (split.scoring, split.validation)
+        )
+        task = RepairTask(
+            model=model,
+            forward=forward,
+            mask=FilterMask(layers),
+            scoring=scoring,
+            validation=validation,
+            before=evaluate(forward, validation.batches(batch_size)),
+            batch_size=batch_size,
+            seed=seed,
+            watch=watch,
+        )
+        asr_before = _asr(task)
+        if asr_before < min_asr and not force:
+            status = "not backdoored"
+        else:
+            for number in method.repair(task):
+                rounds.append(number)
+                if on_round is not None:
+                    on_round(number)
+            status = "repaired"
+            if _asr(task) > asr_before:
+                status = "not improved"
+                task.mask.undo(task.mask.steps)
+                _restore(model, original)
+        after = task.validate()
+    seconds = {kind: watch.seconds.get(kind, 0.0) for kind in ("score", "evaluate", "finetune", "total")}
+    return RepairResult(method.name, status, task.before, after, tuple(rounds), task.mask, scoring, seconds)
+
+
+def _load(dataset: Dataset[Any]) -> ImagesAndLabels:
+    """All images and labels of a small dataset."""
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=256)
+    images, labels = zip(*(item_parts(batch) for batch in loader), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def _asr(task: RepairTask) -> float:
+    """Attack success rate over everything the defender holds: a validation part of one image a class would be coarse."""
+    pairs = (batch for part in (task.scoring, task.validation) for batch in part.batches(task.batch_size))
+    return evaluate(task.forward, pairs).asr
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, original: Mapping[str, Tensor]) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensor.copy_(original[name])

@@ -1,0 +1,197 @@
+"""What a repair came to, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_unlearn.evaluation import Evaluation
+from lightning_unlearn.methods import Round
+from lightning_unlearn.metrics.functional import defense_effectiveness_rating, robust_improvement_rate
+from lightning_unlearn.repair import RepairResult
+from lightning_unlearn.triggers import Trigger
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Report"]
+
+_ROWS = (("ACC ↑", "acc"), ("ASR ↓", "asr"), ("RA ↑", "ra"))
+
+
+@dataclass(frozen=True)
+class Report:
+    """A repair in plain Python, as ``report.json`` holds it. Rates are fractions of 1.
+
+    Args:
+        method: name of the repair method.
+        trigger: name of the trigger's class.
+        target: the target class, or ``"all_to_all"``.
+        samples_per_class: clean images per class that the defender held (SPC); None if they were given as a share.
+        seed: seed of the draw and of the method.
+        status: ``"repaired"``, ``"not backdoored"`` or ``"not improved"``, as :class:`RepairResult` has it.
+        measured_on: ``"test"`` if ``before`` and ``after`` are of test data that the repair never saw, ``"validation"`` if
+            there was none and they are of the validation part.
+        before: ACC, ASR and RA of the original model.
+        after: ACC, ASR and RA of the model as it is now.
+        der: defence effectiveness rating.
+        rir: robust improvement rate.
+        filters: ``total`` and ``pruned`` counts, and the pruned filters ``by_layer``.
+        rounds: every round, measured on the validation part.
+        seconds: ``score``, ``evaluate``, ``finetune`` and ``total`` wall-clock time.
+        checkpoint: where the repaired model was written, if it was.
+        versions: versions of what made this.
+    """
+
+    method: str
+    trigger: str
+    target: int | str
+    samples_per_class: int | None
+    seed: int
+    status: str
+    measured_on: Literal["test", "validation"]
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    der: float
+    rir: float
+    filters: Mapping[str, Any]
+    rounds: tuple[Round, ...]
+    seconds: Mapping[str, float]
+    checkpoint: str | None
+    versions: Mapping[str, str]
+    schema_version: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        result: RepairResult,
+        trigger: Trigger,
+        *,
+        samples_per_class: int | None,
+        seed: int,
+        test: tuple[Evaluation, Evaluation] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+    ) -> Report:
+        """Report a result.
+
+        Args:
+            result: what the repair did.
+            trigger: what it unlearned.
+            samples_per_class: SPC.
+            seed: seed of the draw and of the method.
+            test: the model before and after on test data, if there is any.
+            checkpoint: where the repaired model was written.
+        """
+        before, after = test or (result.before, result.after)
+        pruned = result.pruned
+        der = defense_effectiveness_rating(
+            acc_before=before.acc, asr_before=before.asr, acc_after=after.acc, asr_after=after.asr
+        )
+        rir = robust_improvement_rate(
+            acc_before=before.acc, ra_before=before.ra, acc_after=after.acc, ra_after=after.ra
+        )
+        return cls(
+            method=result.method,
+            trigger=type(trigger).__name__,
+            target=trigger.target,
+            samples_per_class=samples_per_class,
+            seed=seed,
+            status=result.status,
+            measured_on="test" if test else "validation",
+            before=before.rates(),
+            after=after.rates(),
+            der=float(der),
+            rir=float(rir),
+            filters={
+                "total": result.mask.total,
+                "pruned": sum(map(len, pruned.values())),
+                "by_layer": pruned,
+            },
+            rounds=result.rounds,
+            seconds=dict(result.seconds),
+            checkpoint=None if checkpoint is None else str(checkpoint),
+            versions={name: _version(name) for name in ("lightning_unlearn", "torch", "lightning")},
+        )
+
+    def saved_as(self, checkpoint: str | os.PathLike[str]) -> Report:
+        """The same report with the checkpoint's path filled in."""
+        return replace(self, checkpoint=str(checkpoint))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types; a rate that is not a number becomes None."""
+        plain = _plain(asdict(self))
+        assert isinstance(plain, dict)
+        return {"schema_version": plain.pop("schema_version"), **plain}
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report as JSON, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, suffix=".partial", delete=False, encoding="utf-8"
+        ) as file:
+            partial = Path(file.name)
+            try:
+                json.dump(self.to_dict(), file, indent=2, allow_nan=False)
+                file.write("\n")
+                file.close()
+                partial.replace(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+        return path
+
+    def summary(self) -> str:
+        """One sentence on what happened to the model."""
+        if self.status == "not backdoored":
+            return f"Left alone: the trigger's ASR on the clean images is already low ({self.trigger}); pass force=True to repair anyway."
+        if self.status == "not improved":
+            return f"Left as it was: {self.method} found nothing better than the original model."
+        return f"{self.method} pruned {self.filters['pruned']} of {self.filters['total']} filters in {self.seconds['total']:.1f} s."
+
+    def __str__(self) -> str:
+        """The rates before and after as a Markdown table, with a sentence."""
+        lines = [f"| {self.measured_on} data | before | after |", "| --- | --- | --- |"]
+        lines += [f"| {label} | {self.before[key]:.3f} | {self.after[key]:.3f} |" for label, key in _ROWS]
+        lines += [f"| DER ↑ | | {self.der:.3f} |", "", self.summary()]
+        return "\n".join(lines)
+
+    def __rich__(self) -> Table:
+        """The same as a table for the terminal."""
+        from rich.table import Table
+
+        title = f"{self.method} · {self.trigger} · target {self.target} · {self.samples_per_class or '?'} clean images per class"
+        table = Table(title=title, caption=self.summary())
+        table.add_column(f"{self.measured_on} data")
+        for column in ("before", "after"):
+            table.add_column(column, justify="right")
+        for label, key in _ROWS:
+            table.add_row(label, f"{self.before[key]:.3f}", f"{self.after[key]:.3f}")
+        table.add_row("DER ↑", "", f"{self.der:.3f}")
+        table.add_row("filters pruned", "", f"{self.filters['pruned']} of {self.filters['total']}")
+        return table
+
+
+def _plain(value: Any) -> Any:
+    """Tuples to lists, and numbers that JSON has no word for to None."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
