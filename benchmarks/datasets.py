@@ -26,7 +26,8 @@ def load(name: str, split: str) -> tuple[Tensor, Tensor]:
     """All images (N, C, 32, 32) and labels (N,) of a split, ``"train"`` or ``"test"``.
 
     CIFAR-10 comes from torchvision's folder under ``UNLEARN_BENCHMARK_DATA`` if it is there, else from the JPEG copies
-    beside this project's checkout, which are slightly lossy; Fashion-MNIST from Debian's package or torchvision's folder.
+    beside this project's checkout, which are slightly lossy; Fashion-MNIST from Debian's package or torchvision's
+    folder.
     """
     if name == "cifar10":
         images, labels = _cifar10(split)
@@ -45,7 +46,8 @@ def _cifar10(split: str) -> tuple[Tensor, Tensor]:
     cached = _DATA / f"cifar10-jpeg-{split}.pt"
     if not cached.exists():
         spec = importlib.util.spec_from_file_location("cifar10_jpeg", _JPEG_COPY)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         _DATA.mkdir(parents=True, exist_ok=True)

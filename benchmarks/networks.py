@@ -25,7 +25,8 @@ class _PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.norm1(x))
         shortcut = x if self.shortcut is None else self.shortcut(active)
-        return self.conv2(F.relu(self.norm2(self.conv1(active)))) + shortcut
+        branch: Tensor = self.conv2(F.relu(self.norm2(self.conv1(active))))
+        return branch + shortcut
 
 
 class PreActResNet18(nn.Module):
@@ -45,8 +46,10 @@ class PreActResNet18(nn.Module):
         self.classify = nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Classify images, (N, channels, 32, 32), to logits, (N, classes)."""
         x = F.relu(self.norm(self.blocks(self.stem(x))))
-        return self.classify(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        logits: Tensor = self.classify(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return logits
 
 
 def vgg(*, channels: int = 3, classes: int = 10, width: int = 32) -> nn.Sequential:

@@ -113,12 +113,12 @@ def _fit(net: nn.Module, images: Tensor, labels: Tensor, victim: Victim) -> None
     net.train()
     for _ in range(victim.epochs):
         order = torch.randperm(len(labels), generator=generator)
-        for chosen in order.split(128)[: len(labels) // 128]:
+        for chosen in torch.split(order, 128)[: len(labels) // 128]:
             batch = images[chosen]
             if augment:
                 batch = _flip_and_crop(batch, generator)
             optimizer.zero_grad()
-            F.cross_entropy(net(batch), labels[chosen]).backward()
+            F.cross_entropy(net(batch), labels[chosen]).backward()  # type: ignore[no-untyped-call]  # torch's is untyped
             optimizer.step()
             schedule.step()
 
@@ -132,5 +132,6 @@ def _flip_and_crop(images: Tensor, generator: torch.Generator, padding: int = 4)
     offsets = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
     rows = (offsets[0][:, None] + torch.arange(height))[:, None, :, None]
     columns = (offsets[1][:, None] + torch.arange(width))[:, None, None, :]
-    index = torch.arange(count)[:, None, None, None], torch.arange(images.shape[1])[None, :, None, None]
-    return padded[*index, rows, columns]
+    numbers = torch.arange(count)[:, None, None, None]
+    channels = torch.arange(images.shape[1])[None, :, None, None]
+    return padded[numbers, channels, rows, columns]

@@ -6,19 +6,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]  # public, but re-exported implicitly
+    rank_zero_info,
+    rank_zero_warn,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from lightning_unlearn.checkpoint import free_path, load_checkpoint, write_whole
+from lightning_unlearn.checkpoint import load_checkpoint
 from lightning_unlearn.data.clean import CleanImages
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
+from lightning_unlearn.files import free_path
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.logs import log_pictures, log_report, log_round
@@ -47,12 +52,13 @@ class BackdoorUnlearning(Callback):
 
     Args:
         clean_data: clean images that the model was not trained on, as a :class:`~lightning_unlearn.HoldoutDataModule`,
-            another LightningDataModule, a Dataset or a DataLoader. Its test images, if it has any, are what the report's
-            rates are measured on; the repair never sees them.
+            another LightningDataModule, a Dataset or a DataLoader. Its test images, if it has any, are what the
+            report's rates are measured on; the repair never sees them.
         trigger: the trigger to unlearn, with the target class. Required for now.
         method: the repair method; :class:`MaskPrune` by default.
         samples_per_class: clean images drawn per class, None for all there are; a HoldoutDataModule draws by itself.
-        validation_share: the part of each class that validates, at least one image; a HoldoutDataModule splits by itself.
+        validation_share: the part of each class that validates, at least one image; a HoldoutDataModule splits by
+            itself.
         seed: seed of the draw and of the method.
         source: which weights to repair: the ``"last"``, or the ``"best"`` of the Trainer's ModelCheckpoint.
         output_dir: where checkpoint and report go; by default where the Trainer keeps its checkpoints.
@@ -91,12 +97,13 @@ class BackdoorUnlearning(Callback):
     ) -> None:
         if trigger is None:
             raise ValueError(
-                "trigger: none is given, and estimating an unknown trigger is not built yet; pass the trigger to unlearn, such as "
-                "PatchTrigger(size=3, target=0)."
+                "trigger: none is given, and estimating an unknown trigger is not built yet; pass the trigger to "
+                "unlearn, such as PatchTrigger(size=3, target=0)."
             )
         if not isinstance(trigger, Trigger):
             raise TypeError(
-                f"trigger: expected a lightning_unlearn.triggers.Trigger, but got {type(trigger).__name__}; wrap a function in FunctionTrigger."
+                f"trigger: expected a lightning_unlearn.triggers.Trigger, but got {type(trigger).__name__}; "
+                "wrap a function in FunctionTrigger."
             )
         if method is not None and not isinstance(method, RepairMethod):
             raise TypeError(
@@ -104,8 +111,8 @@ class BackdoorUnlearning(Callback):
             )
         if not isinstance(clean_data, (LightningDataModule, Dataset, DataLoader)):
             raise TypeError(
-                "clean_data: expected a LightningDataModule of lightning.pytorch (not of pytorch_lightning), a Dataset or a DataLoader, "
-                f"but got {type(clean_data).__module__}.{type(clean_data).__name__}."
+                "clean_data: expected a LightningDataModule of lightning.pytorch (not of pytorch_lightning), a Dataset "
+                f"or a DataLoader, but got {type(clean_data).__module__}.{type(clean_data).__name__}."
             )
         if source not in ("last", "best"):
             raise ValueError(f"source: expected 'last' or 'best', but got {source!r}.")
@@ -140,32 +147,37 @@ class BackdoorUnlearning(Callback):
         """Refuses, before any training time is lost, what the repair cannot work with."""
         if not isinstance(trainer, Trainer):
             raise TypeError(
-                f"trainer: this callback is made for lightning.pytorch.Trainer, but got {type(trainer).__module__}.Trainer; import "
-                "everything from `lightning.pytorch`, since mixing it with `pytorch_lightning` does not work."
+                "trainer: this callback is made for lightning.pytorch.Trainer, but got "
+                f"{type(trainer).__module__}.Trainer; import everything from `lightning.pytorch`, since mixing it with "
+                "`pytorch_lightning` does not work."
             )
         if stage != "fit":
             return
         if isinstance(trainer.strategy, _REFUSED):
             raise MisconfigurationException(
-                f"strategy: BackdoorUnlearning needs whole weights on every device, but {type(trainer.strategy).__name__} shards them; "
-                "train so, then repair the checkpoint with `lightning-unlearn repair` on one device."
+                "strategy: BackdoorUnlearning needs whole weights on every device, but "
+                f"{type(trainer.strategy).__name__} shards them; train so, then repair the checkpoint with "
+                "`lightning-unlearn repair` on one device."
             )
-        averaging = [type(c).__name__ for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by the Trainer's connector
+        averaging = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
         if averaging:
             raise MisconfigurationException(
-                f"callbacks: {averaging[0]} replaces the weights in every checkpoint by averaged, unrepaired ones; remove it and repair "
-                "the averaged checkpoint with `lightning-unlearn repair`."
+                f"callbacks: {averaging[0]} replaces the weights in every checkpoint by averaged, unrepaired ones; "
+                "remove it and repair the averaged checkpoint with `lightning-unlearn repair`."
             )
         data = self.clean_data
         if isinstance(data, LightningDataModule):
-            if data is trainer.datamodule:  # type: ignore[attr-defined]
+            if data is trainer.datamodule:  # type: ignore[attr-defined]  # set by the Trainer's connector
                 raise ValueError(
-                    "clean_data: it is the training DataModule itself, which may be poisoned; give held-out clean images."
+                    "clean_data: it is the training DataModule itself, which may be poisoned; give held-out clean "
+                    "images."
                 )
             if "_instantiator" in data.hparams:
                 raise MisconfigurationException(
-                    f"clean_data: LightningCLI gave {type(data).__name__} hyper-parameters that may be the training DataModule's instead "
-                    "of its own; create the CLI with load_from_checkpoint_support=False, as `lightning-unlearn fit` does."
+                    f"clean_data: LightningCLI gave {type(data).__name__} hyper-parameters that may be the training "
+                    "DataModule's instead of its own; create the CLI with load_from_checkpoint_support=False, as "
+                    "`lightning-unlearn fit` does."
                 )
         self.report, self._held, self._resumed = None, None, None
 
@@ -196,7 +208,7 @@ class BackdoorUnlearning(Callback):
         """Repairs the model and writes checkpoint and report."""
         stem = self._original(trainer, pl_module)
         report = self.unlearn(trainer, pl_module)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the Trainer's initialisation
             report = self._save(trainer, report, stem)
         self.report = report
         rank_zero_info(f"\n{report}\n")
@@ -206,8 +218,9 @@ class BackdoorUnlearning(Callback):
         """Warns if training ended in a way that skipped the repair."""
         if self.report is None:
             rank_zero_warn(
-                "BackdoorUnlearning never ran, because no training step did (max_epochs=0, limit_train_batches=0, or a finished run was "
-                "resumed): the model is NOT repaired. Use `lightning-unlearn repair --ckpt_path` on the finished checkpoint."
+                "BackdoorUnlearning never ran, because no training step did (max_epochs=0, limit_train_batches=0, or a "
+                "finished run was resumed): the model is NOT repaired. Use `lightning-unlearn repair --ckpt_path` on "
+                "the finished checkpoint."
             )
 
     @override
@@ -240,11 +253,9 @@ class BackdoorUnlearning(Callback):
         _align(module)
         split = Split(clean.scoring(), clean.validation())
         with intact(module), torch.no_grad():
-            images, labels = clean.first()
-            num_classes = logits_of(forward, images.to(module.dtype)).shape[1]
-            log_pictures(
-                trainer, Pairs.stamp(*(part[:8] for part in split.scoring), trigger, num_classes=num_classes), trigger
-            )
+            images, labels = (part[:8] for part in split.scoring)
+            num_classes = logits_of(forward, images[:1].to(module.dtype)).shape[1]
+            log_pictures(trainer, Pairs.stamp(images, labels, trigger, num_classes=num_classes), trigger)
         before = self._test(clean, trigger, forward, num_classes)
         with round_progress(trainer) as show:
             pruned = 0
@@ -301,7 +312,8 @@ class BackdoorUnlearning(Callback):
             return Path(best or "model").stem
         if not best:
             raise MisconfigurationException(
-                "source: 'best' needs a ModelCheckpoint that has saved a best model (give it a `monitor`), but there is none; use source='last'."
+                "source: 'best' needs a ModelCheckpoint that has saved a best model (give it a `monitor`), but there "
+                "is none; use source='last'."
             )
         trainer.strategy.barrier()
         module.load_state_dict(load_checkpoint(best)["state_dict"])
@@ -316,13 +328,18 @@ class BackdoorUnlearning(Callback):
             path = Path(trainer.strategy.broadcast(str(free_path(folder / f"{stem}-unlearned.ckpt"))))
             report = self.report = report.saved_as(path)
             partial = path.with_name(f".{path.name}.partial")
-            trainer.save_checkpoint(partial)  # on all processes: it has a barrier
-            if trainer.is_global_zero:
-                partial.replace(path)
-            if getattr(trainer.checkpoint_callback, "best_model_path", ""):
+            try:
+                trainer.save_checkpoint(partial, weights_only=False)  # on all processes: it has a barrier
+                if trainer.is_global_zero:
+                    partial.replace(path)
+            finally:
+                if trainer.is_global_zero:
+                    partial.unlink(missing_ok=True)
+            best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+            if best:
                 rank_zero_info(
-                    f"The repaired model is in {path}. {trainer.checkpoint_callback.best_model_path} still holds the backdoored weights, "  # type: ignore[union-attr]
-                    "and so does trainer.test(ckpt_path='best')."
+                    f"The repaired model is in {path}. {best} still holds the backdoored weights, and so does "
+                    "trainer.test(ckpt_path='best')."
                 )
         if trainer.is_global_zero:
             report.save(free_path(folder / "report.json"))

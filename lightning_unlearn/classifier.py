@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as L  # noqa: N812 - the usual name
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
@@ -41,7 +42,8 @@ class ConvClassifier(L.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images, (N, channels, H, W), to logits, (N, classes)."""
-        return self.classify(F.adaptive_avg_pool2d(self.features(images), 1).flatten(1))
+        logits: Tensor = self.classify(F.adaptive_avg_pool2d(self.features(images), 1).flatten(1))
+        return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of one batch."""
@@ -55,7 +57,7 @@ class ConvClassifier(L.LightningModule):
         images, labels = batch
         self.log("val_acc", (self(images).argmax(1) == labels).float().mean(), prog_bar=True)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD with a one-cycle schedule over the Trainer's steps."""
         optimizer = torch.optim.SGD(
             self.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True

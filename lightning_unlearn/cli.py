@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.callback import BackdoorUnlearning
-from lightning_unlearn.checkpoint import free_path, load_checkpoint, repaired_checkpoint, write_whole
+from lightning_unlearn.checkpoint import load_checkpoint, repaired_checkpoint
+from lightning_unlearn.files import free_path, refuse_used_folder, write_whole
 from lightning_unlearn.report import Report
 
-__all__ = ["main", "refuse_used_folder"]
+__all__ = ["main"]
 
 
 class _FitCLI(LightningCLI):
@@ -83,13 +86,14 @@ def main(args: Sequence[str] | None = None) -> Report | None:
 
 def fit(args: Sequence[str]) -> Report | None:
     """Train by LightningCLI, with the callback wherever the configuration has it."""
-    cli = _FitCLI(
-        args=["fit", *args],
-        # Else a DataModule nested in the callback silently gets the training DataModule's hyper-parameters.
-        load_from_checkpoint_support=False,
-        save_config_kwargs={"overwrite": True},
-    )
-    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    with _from_python():
+        cli = _FitCLI(
+            args=["fit", *args],
+            # Else a DataModule nested in the callback silently gets the training DataModule's hyper-parameters.
+            load_from_checkpoint_support=False,
+            save_config_kwargs={"overwrite": True},
+        )
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]  # set by the Trainer's connector
     reports = [c.report for c in callbacks if isinstance(c, BackdoorUnlearning)]
     return reports[-1] if reports else None
 
@@ -102,13 +106,14 @@ def repair(args: Sequence[str]) -> Report | None:
     if output_dir:
         refuse_used_folder(output_dir)
         args = [*args, f"--trainer.default_root_dir={output_dir}"]  # logs go there too
-    cli = _RepairCLI(
-        args=list(args),
-        run=False,
-        load_from_checkpoint_support=False,
-        save_config_callback=None,
-        trainer_defaults={"enable_checkpointing": False, "enable_model_summary": False, "inference_mode": False},
-    )
+    with _from_python():
+        cli = _RepairCLI(
+            args=list(args),
+            run=False,
+            load_from_checkpoint_support=False,
+            save_config_callback=None,
+            trainer_defaults={"enable_checkpointing": False, "enable_model_summary": False, "inference_mode": False},
+        )
     checkpoint = load_checkpoint(cli.config["ckpt_path"])
     cli.model.load_state_dict(checkpoint["state_dict"])
     job = _RepairJob(cli.model, cli.config_init["unlearning"])
@@ -134,16 +139,12 @@ def repair(args: Sequence[str]) -> Report | None:
     return report
 
 
-def refuse_used_folder(folder: str | Path) -> Path:
-    """Make sure that nothing of the user's can be overwritten.
-
-    Raises:
-        FileExistsError: if ``folder`` is a file or holds anything.
-    """
-    path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"output-dir: {str(path)!r} exists and is not an empty folder; name a new one.")
-    return path
+@contextmanager
+def _from_python() -> Iterator[None]:
+    """LightningCLI warns when it is given arguments while the process has some, too; here they are the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        yield
 
 
 def _demo(args: Sequence[str]) -> Report | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +13,8 @@ import yaml
 from rich.console import Console
 
 from lightning_unlearn import methods
-from lightning_unlearn.cli import fit, refuse_used_folder
+from lightning_unlearn.cli import fit
+from lightning_unlearn.files import refuse_used_folder
 from lightning_unlearn.methods import MaskPrune, RepairMethod
 from lightning_unlearn.report import Report
 
@@ -52,7 +54,8 @@ def main(args: Sequence[str]) -> Report:
     options = parser.parse_args(args)
     if not 2 <= options.samples_per_class <= 20:
         parser.error(
-            f"--samples-per-class: expected 2 to 20, since 20 digits of each class are held out, but got {options.samples_per_class}"
+            "--samples-per-class: expected 2 to 20, since 20 digits of each class are held out, "
+            f"but got {options.samples_per_class}"
         )
     folder = refuse_used_folder(options.output_dir or f"unlearn-demo-{datetime.now():%Y%m%d-%H%M%S}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +73,10 @@ def main(args: Sequence[str]) -> Report:
     console.print(
         f"Training a victim on 1,000 real digits, 10 % poisoned ({options.attack}), then repairing it.", soft_wrap=True
     )
-    report = fit([f"--config={folder / 'config.yaml'}"])
+    with warnings.catch_warnings():
+        # The folder holds the configuration by now, and nothing else: it was refused if it was not empty.
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        report = fit([f"--config={folder / 'config.yaml'}"])
     assert report is not None  # the configuration has the callback
     console.print(report)
     console.print(f"Everything is in {folder}:", soft_wrap=True)

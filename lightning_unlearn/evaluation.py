@@ -40,7 +40,7 @@ class Evaluation:
         return {"acc": self.acc, "asr": self.asr, "ra": self.ra}
 
 
-def logits_of(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def logits_of(forward: Callable[[Tensor], object], images: Tensor) -> Tensor:
     """Call a classifier and check that what it returns are logits, (N, C), returned as float32.
 
     Raises:
@@ -82,7 +82,7 @@ def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Pairs]) -> E
     losses = {"loss": MeanMetric(), "unlearning_loss": MeanMetric()}
     for pairs in batches:
         # One forward pass over both halves: on small batches the launch, not the arithmetic, is what costs.
-        clean, triggered = logits_of(forward, torch.cat([pairs.clean, pairs.triggered])).split(len(pairs))
+        clean, triggered = logits_of(forward, torch.cat([pairs.clean, pairs.triggered])).chunk(2)
         if rates is None:
             device = clean.device
             rates = MetricCollection({"asr": AttackSuccessRate(), "ra": RecoveryAccuracy()}).to(device)

@@ -19,7 +19,10 @@ _SCALARS = ("val_acc", "val_asr", "val_ra", "val_loss", "val_unlearning_loss")
 
 
 def log_round(trainer: Trainer, done: Round, pruned: int) -> None:
-    """Log one round under ``unlearn/``; steps go on from where training stopped, since some loggers share one step column."""
+    """Log one round under ``unlearn/``.
+
+    Steps go on from where training stopped, since some loggers share one step column.
+    """
     values = {f"unlearn/{name}": value for name, value in asdict(done).items() if name in _SCALARS}
     _log(trainer, values | {"unlearn/pruned_in_rounds": float(pruned)}, trainer.global_step + done.round)
 
@@ -44,7 +47,8 @@ def log_pictures(trainer: Trainer, pairs: Pairs, trigger: Trigger) -> None:
         clean, triggered = trigger.normalization.invert(clean), trigger.normalization.invert(triggered)
     pictures = {"clean": clean, "triggered": triggered, "trigger": ((triggered - clean) + 1) / 2}
     for logger in trainer.loggers:
-        add_image = getattr(logger.experiment, "add_image", None)  # TensorBoard's; others are left out
+        # TensorBoard's; others are left out, and a user's own logger need not have any `experiment`.
+        add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
         if callable(add_image):
             for name, images in pictures.items():
                 add_image(f"unlearn/{name}", make_grid(images.clamp(0, 1), nrow=4), trainer.global_step)

@@ -15,7 +15,8 @@ __all__ = ["round_progress"]
 
 
 def _line(done: Round) -> str:
-    return f"Unlearning · {done.stage} · val ACC {done.val_acc:.3f} · val ASR {done.val_asr:.3f} · L_u {done.val_unlearning_loss:.3f}"
+    rates = f"val ACC {done.val_acc:.3f} · val ASR {done.val_asr:.3f}"
+    return f"Unlearning · {done.stage} · {rates} · L_u {done.val_unlearning_loss:.3f}"
 
 
 @contextmanager

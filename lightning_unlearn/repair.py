@@ -43,8 +43,8 @@ class RepairResult:
 
     Args:
         method: name of the method.
-        status: ``"repaired"``; ``"not backdoored"`` if the attack success rate was low from the start and the model was left
-            alone; ``"not improved"`` if the method found nothing better than the original, which was put back.
+        status: ``"repaired"``; ``"not backdoored"`` if the attack success rate was low from the start and the model was
+            left alone; ``"not improved"`` if the method found nothing better than the original, which was put back.
         before: the original model on the validation part.
         after: the model as it is now on the validation part.
         rounds: every round in order.
@@ -95,8 +95,8 @@ def repair(
 ) -> RepairResult:
     """Remove a backdoor from a model, in place, with a few clean images per class.
 
-    The images are drawn per class by ``seed`` and split into a scoring and a validation part. Nothing else is ever read.
-    After any exception the model is bit for bit what it was.
+    The images are drawn per class by ``seed`` and split into a scoring and a validation part. Nothing else is ever
+    read. After any exception the model is bit for bit what it was.
 
     Args:
         model: a classifier whose forward takes (N, C, H, W) images and returns (N, classes) logits.
@@ -137,8 +137,8 @@ def repair(
     """
     if not isinstance(trigger, Trigger):
         raise TypeError(
-            f"trigger: expected a lightning_unlearn.triggers.Trigger, but got {type(trigger).__name__}. Estimating an unknown trigger is "
-            "not built yet; wrap a function of your own in FunctionTrigger."
+            f"trigger: expected a lightning_unlearn.triggers.Trigger, but got {type(trigger).__name__}. Estimating an "
+            "unknown trigger is not built yet; wrap a function of your own in FunctionTrigger."
         )
     holdout = split_holdout(
         labels_of(dataset),
@@ -225,7 +225,7 @@ def repair_split(
             seed=seed,
             watch=watch,
         )
-        asr_before = _asr(task)
+        asr_before = task.measure().asr
         if asr_before < min_asr and not force:
             status = "not backdoored"
         else:
@@ -234,7 +234,7 @@ def repair_split(
                 if on_round is not None:
                     on_round(number)
             status = "repaired"
-            if _asr(task) > asr_before:
+            if task.measure().asr > asr_before:
                 status = "not improved"
                 task.mask.undo(task.mask.steps)
                 _restore(model, original)
@@ -248,12 +248,6 @@ def _load(dataset: Dataset[Any]) -> ImagesAndLabels:
     loader: DataLoader[Any] = DataLoader(dataset, batch_size=256)
     images, labels = zip(*(item_parts(batch) for batch in loader), strict=True)
     return torch.cat(images), torch.cat(labels)
-
-
-def _asr(task: RepairTask) -> float:
-    """Attack success rate over everything the defender holds: a validation part of one image a class would be coarse."""
-    pairs = (batch for part in (task.scoring, task.validation) for batch in part.batches(task.batch_size))
-    return evaluate(task.forward, pairs).asr
 
 
 @torch.no_grad()

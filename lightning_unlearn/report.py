@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_unlearn.evaluation import Evaluation
+from lightning_unlearn.files import write_whole
 from lightning_unlearn.methods import Round
 from lightning_unlearn.metrics.functional import defense_effectiveness_rating, robust_improvement_rate
 from lightning_unlearn.repair import RepairResult
@@ -37,8 +37,8 @@ class Report:
         samples_per_class: clean images per class that the defender held (SPC); None if they were given as a share.
         seed: seed of the draw and of the method.
         status: ``"repaired"``, ``"not backdoored"`` or ``"not improved"``, as :class:`RepairResult` has it.
-        measured_on: ``"test"`` if ``before`` and ``after`` are of test data that the repair never saw, ``"validation"`` if
-            there was none and they are of the validation part.
+        measured_on: ``"test"`` if ``before`` and ``after`` are of test data that the repair never saw,
+            ``"validation"`` if there was none and they are of the validation part.
         before: ACC, ASR and RA of the original model.
         after: ACC, ASR and RA of the model as it is now.
         der: defence effectiveness rating.
@@ -132,29 +132,20 @@ class Report:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the report as JSON, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, suffix=".partial", delete=False, encoding="utf-8"
-        ) as file:
-            partial = Path(file.name)
-            try:
-                json.dump(self.to_dict(), file, indent=2, allow_nan=False)
-                file.write("\n")
-                file.close()
-                partial.replace(path)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
-        return path
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        return write_whole(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def summary(self) -> str:
         """One sentence on what happened to the model."""
         if self.status == "not backdoored":
-            return f"Left alone: the trigger's ASR on the clean images is already low ({self.trigger}); pass force=True to repair anyway."
+            return (
+                f"Left alone: the trigger's ASR on the clean images is already low ({self.trigger}); "
+                "pass force=True to repair anyway."
+            )
         if self.status == "not improved":
             return f"Left as it was: {self.method} found nothing better than the original model."
-        return f"{self.method} pruned {self.filters['pruned']} of {self.filters['total']} filters in {self.seconds['total']:.1f} s."
+        pruned, total = self.filters["pruned"], self.filters["total"]
+        return f"{self.method} pruned {pruned} of {total} filters in {self.seconds['total']:.1f} s."
 
     def __str__(self) -> str:
         """The rates before and after as a Markdown table, with a sentence."""
@@ -167,7 +158,8 @@ class Report:
         """The same as a table for the terminal."""
         from rich.table import Table
 
-        title = f"{self.method} · {self.trigger} · target {self.target} · {self.samples_per_class or '?'} clean images per class"
+        images = f"{self.samples_per_class or '?'} clean images per class"
+        title = f"{self.method} · {self.trigger} · target {self.target} · {images}"
         table = Table(title=title, caption=self.summary())
         table.add_column(f"{self.measured_on} data")
         for column in ("before", "after"):

@@ -52,39 +52,44 @@ class CleanImages:
         self.module = module
         self._hooks: DataHooks = data if isinstance(data, LightningDataModule) else module
         self._collate: Any = None
-        self._test_loader: DataLoader[Any] | None = None
+        test_loader: DataLoader[Any] | None = None
         if isinstance(data, HoldoutDataModule):
             self.holdout = data
         else:
+            pool, test_loader = self._open(data)
             self.holdout = HoldoutDataModule(
-                self._pool(data),
+                pool,
                 samples_per_class=samples_per_class,
                 share=1.0 if samples_per_class is None else None,
                 validation_share=validation_share,
                 seed=seed,
-                test_dataset=None if self._test_loader is None else self._test_loader.dataset,
+                test_dataset=None if test_loader is None else test_loader.dataset,
             )
-        if self._test_loader is None and self.holdout.test is not None:
-            self._test_loader = self.holdout.test_dataloader()
+        if test_loader is None and self.holdout.test is not None:
+            test_loader = self.holdout.test_dataloader()
+        self._test_loader = test_loader
 
-    def _pool(self, data: LightningDataModule | Dataset[Any] | DataLoader[Any]) -> Dataset[Any]:
-        """What to draw from; remembers the collate function and the test loader on the way."""
+    def _open(
+        self, data: LightningDataModule | Dataset[Any] | DataLoader[Any]
+    ) -> tuple[Dataset[Any], DataLoader[Any] | None]:
+        """What to draw from, and the test part if there is one; remembers the collate function on the way."""
+        test_loader: DataLoader[Any] | None = None
         if isinstance(data, LightningDataModule):
             data.prepare_data()
             data.setup("fit")
             pool = data.train_dataloader()
             if is_overridden("test_dataloader", data, LightningDataModule):
                 data.setup("test")
-                self._test_loader = data.test_dataloader()
+                test_loader = data.test_dataloader()
             data = pool
         if isinstance(data, DataLoader):
             self._collate = data.collate_fn
-            return data.dataset
+            return data.dataset, test_loader
         if isinstance(data, Dataset):
-            return data
+            return data, test_loader
         raise TypeError(
-            "clean_data: expected a LightningDataModule of lightning.pytorch, a Dataset, a DataLoader, or a DataModule whose "
-            f"train_dataloader gives one DataLoader, but got {type(data).__module__}.{type(data).__name__}."
+            "clean_data: expected a LightningDataModule of lightning.pytorch, a Dataset, a DataLoader, or a DataModule "
+            f"whose train_dataloader gives one DataLoader, but got {type(data).__module__}.{type(data).__name__}."
         )
 
     @property
@@ -110,8 +115,8 @@ class CleanImages:
             shared = overlap(part, dataset)
             if shared:
                 raise ValueError(
-                    f"clean_data: {shared} of its images are in the training set itself, which may be poisoned; hold out clean images "
-                    "that the model was not trained on."
+                    f"clean_data: {shared} of its images are in the training set itself, which may be poisoned; hold "
+                    "out clean images that the model was not trained on."
                 )
 
     def scoring(self) -> tuple[Tensor, Tensor]:
@@ -132,9 +137,8 @@ class CleanImages:
             return
         for batch in self._test_loader:
             images, labels = self._transferred(batch)
-            yield Pairs.stamp(images, labels, trigger, num_classes=num_classes).to(
-                self.module.device, self.module.dtype
-            )
+            pairs = Pairs.stamp(images, labels, trigger, num_classes=num_classes)
+            yield pairs.to(self.module.device, self.module.dtype)  # type: ignore[arg-type]  # never the str it may be
 
     def _all(self, part: Dataset[Any]) -> tuple[Tensor, Tensor]:
         holdout = self.holdout

@@ -27,7 +27,8 @@ class Pairs:
         >>> import torch
         >>> from lightning_unlearn.data.pairs import Pairs
         >>> from lightning_unlearn.triggers import PatchTrigger
-        >>> pairs = Pairs.stamp(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), PatchTrigger(size=3, target=0), num_classes=2)
+        >>> trigger = PatchTrigger(size=3, target=0)
+        >>> pairs = Pairs.stamp(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), trigger, num_classes=2)
         >>> pairs.triggered[0].sum(), pairs.targets
         (tensor(9.), tensor([0, 0]))
     """
@@ -46,9 +47,10 @@ class Pairs:
         """
         if labels.ndim != 1 or len(labels) != len(images) or labels.is_floating_point():
             raise ValueError(
-                f"labels: expected one integer class for each of {len(images)} images, but got shape {tuple(labels.shape)} of {labels.dtype}."
+                f"labels: expected one integer class for each of {len(images)} images, "
+                f"but got shape {tuple(labels.shape)} of {labels.dtype}."
             )
-        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
+        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
             raise ValueError(
                 f"labels: expected classes from 0 to {num_classes - 1}, since the model gives {num_classes} logits, "
                 f"but got labels from {int(labels.min())} to {int(labels.max())}."

@@ -56,7 +56,8 @@ class FilterLayer:
         name: the convolution's qualified name in the model.
         convolution: the convolution module (any of ``Conv1d`` to ``ConvTranspose3d``).
         norms: affine tensors (γ, β) of every norm that consumes the convolution's channels one to one; for a
-            BatchNorm without affine parameters its running mean, since that is what such a norm emits for a dead channel.
+            BatchNorm without affine parameters its running mean, since that is what such a norm emits for a dead
+            channel.
     """
 
     name: str
@@ -80,7 +81,7 @@ class FilterLayer:
         view, which shares memory, makes all kinds look alike. Filter ``i`` is entry ``divmod(i, filters per group)``.
         """
         groups = self.convolution.groups
-        grouped = tensor.unflatten(0, (groups, tensor.shape[0] // groups))
+        grouped = tensor.view(groups, tensor.shape[0] // groups, *tensor.shape[1:])
         return grouped.transpose(1, 2) if self.convolution.transposed else grouped
 
     def per_filter(self, values: Tensor) -> Tensor:

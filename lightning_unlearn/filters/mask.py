@@ -126,7 +126,7 @@ class FilterMask:
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """Cut a flat tensor, (total,), into one piece a layer."""
-        return flat.split([layer.channels for layer in self.layers])
+        return torch.split(flat, [layer.channels for layer in self.layers])
 
     @torch.no_grad()
     def undo(self, steps: int = 1) -> None:
@@ -145,7 +145,7 @@ class FilterMask:
 
     @contextmanager
     def scaled(self, scales: Tensor) -> Iterator[None]:
-        """Multiply every channel by a factor within the ``with`` block, differentiably in ``scales``, weights untouched.
+        """Multiply every channel by a factor within the ``with`` block, differentiably, weights untouched.
 
         The forward pass inside is exactly what :meth:`fold` would leave for good.
 
@@ -211,7 +211,7 @@ class FilterMask:
 
 
 def _places(layer: FilterLayer, index: int) -> Iterator[Callable[[], Tensor]]:
-    """Where to find everything that zeroing a filter overwrites, looked up anew since a model may have moved meanwhile."""
+    """Where everything is that zeroing a filter overwrites, looked up anew since a model may have moved meanwhile."""
 
     def weight() -> Tensor:
         view = layer.by_filter(layer.weight.detach())

@@ -72,7 +72,8 @@ def _differentiated(layer: FilterLayer, score: Score) -> dict[str, Tensor]:
         return {f"gate{k}": gate.tensor for k, gate in enumerate(layer.gates)}
     wanted = {"weight": layer.weight}
     if score == "taylor":
-        wanted |= {"bias": bias.tensor for bias in layer.bias}
+        for bias in layer.bias:
+            wanted["bias"] = bias.tensor
     return wanted
 
 
@@ -99,11 +100,8 @@ def score_filters(layers: Sequence[FilterLayer], losses: Iterable[Tensor], score
     tensors = [tensor for keys in wanted for tensor in keys.values()]
     sums: list[Tensor] = []
     for loss in losses:
-        grads = torch.autograd.grad(loss, tensors, allow_unused=True)
-        filled = [
-            torch.zeros_like(t, dtype=torch.float32) if g is None else g.float()
-            for g, t in zip(grads, tensors, strict=True)
-        ]
+        grads = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
+        filled = [grad.float() for grad in grads]
         if sums:
             torch._foreach_add_(sums, filled)
         else:

@@ -1,9 +1,10 @@
 """Find convolutions and the norm that consumes each, by watching one forward pass.
 
-Parameter order does not tell which norm follows a convolution: in a pre-activation ResNet the next norm in order belongs
-to the block's *input*, a shortcut convolution has none at all, and a classifier may come next. So the forward pass is
-watched at the level of torch functions: a convolution's output is remembered, followed through operations that keep
-channels apart (activations, pooling, dropout, permutations), and a norm that receives it is the one that consumes it.
+Parameter order does not tell which norm follows a convolution: in a pre-activation ResNet the next norm in order
+belongs to the block's *input*, a shortcut convolution has none at all, and a classifier may come next. So the forward
+pass is watched at the level of torch functions: a convolution's output is remembered, followed through operations that
+keep channels apart (activations, pooling, dropout, permutations), and a norm that receives it is the one that consumes
+it.
 """
 
 from __future__ import annotations
@@ -28,11 +29,16 @@ _CONVOLUTIONS = frozenset(
 )
 # Operations after which channel c still comes from filter c alone, by name, since many exist as function and method.
 _KEEP_CHANNELS = frozenset(
-    "relu relu_ relu6 leaky_relu leaky_relu_ elu elu_ celu selu gelu silu mish hardswish hardtanh hardtanh_ hardsigmoid sigmoid "
-    "tanh softplus prelu dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout feature_dropout max_pool1d max_pool2d "
-    "max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d "
-    "adaptive_max_pool2d adaptive_max_pool3d interpolate pad contiguous clone detach to float half bfloat16 double "
-    "requires_grad_ clamp clamp_".split()
+    (
+        *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "celu", "selu", "gelu", "silu", "mish"),
+        *("hardswish", "hardtanh", "hardtanh_", "hardsigmoid", "sigmoid", "tanh", "softplus", "prelu"),
+        *("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"),
+        *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+        *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+        *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+        *("interpolate", "pad", "contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "double"),
+        *("requires_grad_", "clamp", "clamp_"),
+    )
 )
 _PERMUTE = frozenset({"permute", "transpose", "swapaxes", "movedim"})
 
@@ -44,9 +50,8 @@ class _Origins(TorchFunctionMode):
         super().__init__()
         self.convolutions = convolutions
         self.ran: set[str] = set()
-        self.consumed: list[
-            tuple[str | None, int, dict[str, Any]]
-        ] = []  # (convolution, channel axis in norm, arguments)
+        # For each norm that ran: the convolution, the channel axis from the end, the norm's arguments.
+        self.consumed: list[tuple[str | None, int, dict[str, Any]]] = []
         # The tensor is kept beside its origin so that its id is not given to another one.
         self._origin: dict[int, tuple[Tensor, str, int]] = {}
 
@@ -125,7 +130,8 @@ def find_filters(
         >>> from torch import nn
         >>> from lightning_unlearn.filters import find_filters
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
-        >>> [(layer.name, layer.channels, len(layer.norms)) for layer in find_filters(net.eval(), torch.rand(1, 3, 8, 8))]
+        >>> layers = find_filters(net.eval(), torch.rand(1, 3, 8, 8))
+        >>> [(layer.name, layer.channels, len(layer.norms)) for layer in layers]
         [('0', 8, 2), ('3', 4, 0)]
     """
     convolutions = {
@@ -140,8 +146,8 @@ def find_filters(
         (forward or model)(images)
     if not origins.ran:
         raise ValueError(
-            f"model: {type(model).__name__} ran no convolution on images of shape {tuple(images.shape)}, so there are no filters "
-            "to score or prune; pass a convolutional image classifier."
+            f"model: {type(model).__name__} ran no convolution on images of shape {tuple(images.shape)}, so there are "
+            "no filters to score or prune; pass a convolutional image classifier."
         )
     norms = _norms_by_convolution(model, origins)
     return tuple(
@@ -154,14 +160,15 @@ def _refuse_unwritable(model: nn.Module, convolutions: dict[str, nn.modules.conv
         raise ValueError("model: a scripted module cannot be traced; pass the eager module it was scripted from.")
     if prune.is_pruned(model):
         raise ValueError(
-            "model: it is already pruned with torch.nn.utils.prune, whose hooks would undo the repair at the next forward pass; "
-            "call torch.nn.utils.prune.remove on each pruned tensor first."
+            "model: it is already pruned with torch.nn.utils.prune, whose hooks would undo the repair at the next "
+            "forward pass; call torch.nn.utils.prune.remove on each pruned tensor first."
         )
     for name, module in convolutions.items():
         if parametrize.is_parametrized(module) or "weight" not in module._parameters:
             raise ValueError(
-                f"model: the weight of convolution {name!r} is computed by a parametrisation (such as weight or spectral norm) and "
-                "cannot be zeroed; call torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first."
+                f"model: the weight of convolution {name!r} is computed by a parametrisation (such as weight or "
+                "spectral norm) and cannot be zeroed; call "
+                "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first."
             )
 
 

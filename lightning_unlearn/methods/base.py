@@ -102,6 +102,12 @@ class RepairTask:
         with self.watch.measure("evaluate"):
             return evaluate(self.forward, self.validation.batches(self.batch_size))
 
+    def measure(self) -> Evaluation:
+        """Measure the model as it is now on all pairs held: a validation part of one image a class alone is coarse."""
+        with self.watch.measure("evaluate"):
+            parts = (self.scoring, self.validation)
+            return evaluate(self.forward, (pairs for part in parts for pairs in part.batches(self.batch_size)))
+
     def round(self, stage: Stage, now: Evaluation, pruned: tuple[FilterId, ...] = ()) -> Round:
         """Number the next round and record what it came to."""
         self.rounds += 1

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import count
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.data.pairs import Pairs
@@ -18,10 +19,11 @@ __all__ = ["FineTuning"]
 class FineTuning(RepairMethod):
     """Train on clean images, and with ``triggered`` also on their triggered copies, all with true labels.
 
-    This is the last step of Dunnett et al. (2024), arXiv 2405.03918, and on clean images alone the oldest defence. Norms
-    stay in eval mode: a few images per class shift running statistics more than they repair. Pruned filters are held at
-    zero. The best epoch is kept: the one with the lowest validation loss (L_clean, plus L_u with ``triggered``) among
-    those whose validation accuracy is within ``accuracy_drop`` of the untouched model's; epoch 0, no training, competes.
+    This is the last step of Dunnett et al. (2024), arXiv 2405.03918, and on clean images alone the oldest defence.
+    Norms stay in eval mode: a few images per class shift running statistics more than they repair. Pruned filters are
+    held at zero. The best epoch is kept: the one with the lowest validation loss (L_clean, plus L_u with ``triggered``)
+    among those whose validation accuracy is within ``accuracy_drop`` of the untouched model's; epoch 0, no training,
+    competes.
 
     Args:
         triggered: also train on triggered images (they count half of each batch).
@@ -68,7 +70,7 @@ class FineTuning(RepairMethod):
 
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Fine-tune until the validation loss stops falling, and keep the best epoch."""
-        parameters = [p for p in task.model.parameters() if p.requires_grad]
+        parameters: list[Tensor] = [p for p in task.model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
         best_loss = self._loss(task.validate())
         best = [p.detach().clone() for p in parameters]
@@ -96,7 +98,7 @@ class FineTuning(RepairMethod):
         for parameter in parameters:
             parameter.grad = None
 
-    def _step_loss(self, task: RepairTask, pairs: Pairs) -> torch.Tensor:
+    def _step_loss(self, task: RepairTask, pairs: Pairs) -> Tensor:
         images, labels = pairs.clean, pairs.labels
         if self.triggered:
             images, labels = torch.cat([images, pairs.triggered]), labels.repeat(2)

@@ -33,12 +33,14 @@ class GradPrune(RepairMethod):
     consumes a filter is zeroed with it. The other arguments are variants.
 
     Args:
-        score: ``"mean_abs_grad"``, the paper's, or ``"taylor"``, the signed first-order prediction of how much L_u falls.
+        score: ``"mean_abs_grad"``, the paper's, or ``"taylor"``, the signed first-order prediction of how much L_u
+            falls.
         accuracy_drop: α, the largest drop of validation accuracy, a fraction in (0, 1].
         patience: rounds without a lower validation L_u before the search stops.
         max_rounds: most rounds of pruning, unlimited by default.
         filters_per_round: filters pruned a round.
-        clean_weight: λ ≥ 0, only with ``"taylor"``: subtract λ times the predicted rise of the clean loss from the score.
+        clean_weight: λ ≥ 0, only with ``"taylor"``: subtract λ times the predicted rise of the clean loss from the
+            score.
         look_ahead: really try this many of the best scores on ``look_ahead_images`` pairs, and prune those that leave
             the lowest L_u + λ·L_clean; 0 to trust the score.
         look_ahead_images: scoring pairs used for ``look_ahead``.
@@ -134,21 +136,21 @@ class GradPrune(RepairMethod):
         """The filters to prune this round; none if all are pruned or no gradient is left."""
         candidates = max(self.filters_per_round, self.look_ahead)
         left = scores.masked_fill(task.mask.flat(scores.device), -torch.inf)
-        values, indices = left.topk(min(candidates, task.mask.total - len(task.mask.pruned)))
+        indices = left.topk(min(candidates, task.mask.total - len(task.mask.pruned))).indices
         # One synchronisation for all that the host must know.
         finite, any_gradient, *order = torch.cat(
             [scores.isfinite().all()[None].long(), scores.ne(0).any()[None].long(), indices]
         ).tolist()
         if not finite:
             raise ValueError(
-                "model: the gradients of the unlearning loss hold NaN or infinity, so no filter can be scored; check the weights and "
-                "the range of the images."
+                "model: the gradients of the unlearning loss hold NaN or infinity, so no filter can be scored; check "
+                "the weights and the range of the images."
             )
         if not any_gradient:
             if not task.mask.pruned:
                 raise ValueError(
-                    "model: the unlearning loss has no gradient in any filter (all are zero), so nothing can be scored; check that "
-                    "logits depend on the convolutions and are not detached or saturated."
+                    "model: the unlearning loss has no gradient in any filter (all are zero), so nothing can be "
+                    "scored; check that logits depend on the convolutions and are not detached or saturated."
                 )
             return []
         picks = [task.mask.locate(index) for index in order]
@@ -162,7 +164,7 @@ class GradPrune(RepairMethod):
         for candidate in candidates:
             task.mask.prune([candidate])
             with torch.no_grad():
-                clean, triggered = logits_of(task.forward, torch.cat([probe.clean, probe.triggered])).split(len(probe))
+                clean, triggered = logits_of(task.forward, torch.cat([probe.clean, probe.triggered])).chunk(2)
                 loss = F.cross_entropy(triggered, probe.labels)
                 losses.append(loss + self.clean_weight * F.cross_entropy(clean, probe.labels))
             task.mask.undo()

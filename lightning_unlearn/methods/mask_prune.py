@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Literal
 
 import torch
@@ -24,26 +24,28 @@ class MaskPrune(RepairMethod):
 
         L(m) = D(x) + D(T(x)) + sparsity · Σ(1 − m)
 
-    where, with ``teacher="victim"``, D(z) = KL(victim(x) ‖ masked(z)): the masked model must answer the triggered image as
-    the *untouched victim answers the clean one*, which needs no labels; and with ``teacher="labels"``, D is the
-    cross-entropy against the true labels. The first step's gradient is the signed Taylor score of
+    where, with ``teacher="victim"``, D(z) = KL(victim(x) ‖ masked(z)): the masked model must answer the triggered
+    image as the *untouched victim answers the clean one*, which needs no labels; and with ``teacher="labels"``, D is
+    the cross-entropy against the true labels. The first step's gradient is the signed Taylor score of
     :class:`GradPrune`; the next ones correct it for what the other masks already do. This is this project's own method.
 
-    A mask is applied exactly by scaling γ and β of the norm that consumes the channel, or else the filter and its bias.
+    A mask is applied exactly by scaling γ and β of the norm that consumes the channel, or else the filter and its
+    bias. What is kept of them is decided by ``cut``; the images that decide are those the defender holds.
 
     Args:
         teacher: ``"victim"`` or ``"labels"``, see above.
-        cut: what becomes of the learned masks. ``"soft"`` folds them into the weights and prunes only channels at 0;
-            ``"mixed"`` prunes channels at or below ``zero_below`` and folds the rest; ``"hard"`` folds nothing, and
-            prunes channels in rising order of m as far as validation L_u + L_clean is lowest.
+        cut: what becomes of the learned masks. ``"soft"`` folds them into the weights, and prunes only channels at 0.
+            ``"mixed"`` folds them too, then prunes channels in rising order of m for as long as L_clean + L_u rises by
+            ``slack`` at most. ``"hard"`` folds nothing, and prunes as many of the lowest as give the lowest
+            L_clean + L_u.
         steps: Adam steps.
         learning_rate: of Adam.
         batch_size: clean images a step, with as many triggered ones.
-        sparsity: weight of Σ(1 − m); negative values would reward keeping channels.
-        zero_below: channels at or below this are pruned by ``"mixed"``, in [0, 1).
+        sparsity: weight of Σ(1 − m), at least 0: what it costs to turn a channel down.
+        slack: by how much ``"mixed"`` may raise L_clean + L_u, in nats.
         validate_every: steps from one validation to the next, each a round.
-        accuracy_drop: α, the largest drop of validation accuracy, a fraction in (0, 1]; a later round that costs more
-            is not kept.
+        accuracy_drop: α, the largest drop of accuracy on all clean images held, a fraction in (0, 1]: the last masks
+            within it are taken, and no pruning beyond it.
         finetune: fine-tune afterwards on clean and triggered images; ``True`` for :class:`FineTuning`'s settings.
 
     Raises:
@@ -60,14 +62,14 @@ class MaskPrune(RepairMethod):
         *,
         teacher: Literal["victim", "labels"] = "victim",
         cut: Literal["soft", "mixed", "hard"] = "mixed",
-        steps: int = 150,
+        steps: int = 100,
         learning_rate: float = 0.05,
         batch_size: int = 64,
         sparsity: float = 1e-3,
-        zero_below: float = 0.05,
+        slack: float = 0.02,
         validate_every: int = 10,
         accuracy_drop: float = 0.1,
-        finetune: bool | FineTuning = False,
+        finetune: bool | FineTuning = True,
     ) -> None:
         if teacher not in ("victim", "labels"):
             raise ValueError(f"teacher: expected 'victim' or 'labels', but got {teacher!r}.")
@@ -76,7 +78,8 @@ class MaskPrune(RepairMethod):
         check_range("steps", steps, 1, float("inf"))
         check_range("learning_rate", learning_rate, 0, float("inf"), open_low=True)
         check_range("batch_size", batch_size, 1, float("inf"))
-        check_range("zero_below", zero_below, 0, 1)
+        check_range("sparsity", sparsity, 0, float("inf"))
+        check_range("slack", slack, 0, float("inf"))
         check_range("validate_every", validate_every, 1, float("inf"))
         check_range("accuracy_drop", accuracy_drop, 0, 1, open_low=True)
         self.teacher = teacher
@@ -85,28 +88,27 @@ class MaskPrune(RepairMethod):
         self.learning_rate = learning_rate
         self.batch_size = batch_size
         self.sparsity = sparsity
-        self.zero_below = zero_below
+        self.slack = slack
         self.validate_every = validate_every
         self.accuracy_drop = accuracy_drop
         self.finetune = FineTuning(triggered=True, accuracy_drop=accuracy_drop) if finetune is True else finetune
 
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Learn the masks, cut, fine-tune where asked to."""
-        masks = yield from self._learn(task)
-        if self.cut == "hard":
-            yield self._prune_prefix(task, masks)
-        else:
-            task.mask.fold(masks, zero_below=self.zero_below if self.cut == "mixed" else 0.0)
-            yield task.round("prune", task.validate(), task.mask.pruned)
+        floor = task.measure().acc - self.accuracy_drop - 1e-6  # accuracies come as float32
+        masks = yield from self._learn(task, floor)
+        self._cut(task, masks, floor)
+        yield task.round("prune", task.validate(), task.mask.pruned)
         if self.finetune:
             yield from self.finetune.repair(task)
 
-    def _learn(self, task: RepairTask) -> Iterator[Round]:
+    def _learn(self, task: RepairTask, floor: float) -> Generator[Round, None, Tensor]:
+        """The last masks that leave accuracy at or above ``floor``."""
         device = task.scoring.labels.device
         masks = torch.ones(task.mask.total, device=device, requires_grad=True)
         optimizer = torch.optim.Adam([masks], lr=self.learning_rate)
         wanted = self._answers(task)
-        best_loss, best = float("inf"), masks.detach().clone()
+        history = [masks.detach().clone()]
         for step, chosen in enumerate(self._batches(task), start=1):
             with task.watch.measure("score"):
                 with task.mask.scaled(masks):
@@ -119,13 +121,36 @@ class MaskPrune(RepairMethod):
                 with torch.no_grad():
                     masks.clamp_(0, 1)
             if step % self.validate_every == 0 or step == self.steps:
-                with task.mask.scaled(masks.detach()):
+                history.append(masks.detach().clone())
+                with task.mask.scaled(history[-1]):
                     now = task.validate()
-                if _loss(now) <= best_loss and task.before.acc - now.acc < self.accuracy_drop - 1e-6:
-                    best_loss = _loss(now)
-                    best.copy_(masks.detach())
                 yield task.round("learn", now)
-        return best
+        while len(history) > 1:
+            with task.mask.scaled(history[-1]):
+                if task.measure().acc >= floor:
+                    break
+            history.pop()
+        return history[-1]
+
+    def _cut(self, task: RepairTask, masks: Tensor, floor: float) -> None:
+        """Leave of the masks what ``cut`` says, in the model."""
+        if self.cut != "hard":
+            task.mask.fold(masks)
+        if self.cut == "soft":
+            return
+        lowest_first = [task.mask.locate(index) for index in masks.argsort(stable=True).tolist()]
+        done, lowered = len(task.mask.pruned), int((masks < 1).sum())
+        best_loss, kept = _loss(task.measure()), task.mask.steps
+        limit = best_loss + self.slack
+        for count in _growing(done, lowered):
+            task.mask.prune(lowest_first[len(task.mask.pruned) : count])
+            now = task.measure()
+            loss = _loss(now)
+            if self.cut == "mixed" and not (loss <= limit and now.acc >= floor):
+                break
+            if self.cut == "mixed" or (loss < best_loss and now.acc >= floor):
+                best_loss, kept = loss, task.mask.steps
+        task.mask.undo(task.mask.steps - kept)
 
     @torch.no_grad()
     def _answers(self, task: RepairTask) -> Tensor:
@@ -150,24 +175,14 @@ class MaskPrune(RepairMethod):
                 yield chosen
                 left -= 1
 
-    def _prune_prefix(self, task: RepairTask, masks: Tensor) -> Round:
-        """Prune channels in rising order of their mask as far as the validation loss falls, in at most 20 trials."""
-        lowered = masks[masks < 1].sort().values
-        cuts = (
-            lowered[torch.linspace(0, len(lowered) - 1, min(20, len(lowered))).long().unique()]
-            if len(lowered)
-            else lowered
-        )
-        order = masks.argsort(stable=True).tolist()
-        best, best_loss, kept = task.before, _loss(task.before), 0
-        counts = (masks[None] <= cuts[:, None]).sum(1).tolist()
-        for count in counts:
-            task.mask.prune([task.mask.locate(index) for index in order[len(task.mask.pruned) : count]])
-            now = task.validate()
-            if _loss(now) < best_loss and task.before.acc - now.acc < self.accuracy_drop - 1e-6:
-                best, best_loss, kept = now, _loss(now), task.mask.steps
-        task.mask.undo(task.mask.steps - kept)
-        return task.round("prune", best, task.mask.pruned)
+
+def _growing(low: int, high: int) -> list[int]:
+    """Counts above ``low`` up to ``high``, each about a quarter more than the last, so that there are few to try."""
+    counts = []
+    while low < high:
+        low = min(high, max(low + 1, low * 5 // 4))
+        counts.append(low)
+    return counts
 
 
 def _loss(now: Evaluation) -> float:
@@ -177,11 +192,11 @@ def _loss(now: Evaluation) -> float:
 def _check_gradient(gradient: Tensor) -> None:
     if not gradient.isfinite().all():
         raise ValueError(
-            "model: the gradients of the unlearning loss hold NaN or infinity, so no mask can be learned; check the weights and the "
-            "range of the images."
+            "model: the gradients of the unlearning loss hold NaN or infinity, so no mask can be learned; check the "
+            "weights and the range of the images."
         )
     if not gradient.ne(gradient[0]).any():
         raise ValueError(
-            "model: the unlearning loss has no gradient in any filter (all are zero), so no mask can be learned; check that logits "
-            "depend on the convolutions and are not detached or saturated."
+            "model: the unlearning loss has no gradient in any filter (all are zero), so no mask can be learned; check "
+            "that logits depend on the convolutions and are not detached or saturated."
         )
