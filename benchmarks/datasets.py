@@ -6,6 +6,7 @@ import importlib.util
 import os
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
 
-from lightning_unlearn.data import FashionMNISTDataModule
+from lightning_unlearn.data import Digits, FashionMNISTDataModule
+from lightning_unlearn.data.digits import Part
 
 __all__ = ["load"]
 
@@ -23,20 +25,26 @@ _JPEG_COPY = Path(__file__).parents[2] / "shared" / "data" / "load.py"
 
 @cache
 def load(name: str, split: str) -> tuple[Tensor, Tensor]:
-    """All images (N, C, 32, 32) and labels (N,) of a split, ``"train"`` or ``"test"``.
+    """All images (N, C, 32, 32) and labels (N,) of a split: ``"train"``, ``"holdout"`` for the defender, or ``"test"``.
+
+    The holdout of CIFAR-10 and Fashion-MNIST is the last tenth of their training files, which no victim is trained on.
 
     CIFAR-10 comes from torchvision's folder under ``UNLEARN_BENCHMARK_DATA`` if it is there, else from the JPEG copies
     beside this project's checkout, which are slightly lossy; Fashion-MNIST from Debian's package or torchvision's
     folder.
     """
-    if name == "cifar10":
-        images, labels = _cifar10(split)
-    elif name == "fashion_mnist":
-        images, labels = _fashion_mnist(split)
-        images = F.pad(images, (2, 2, 2, 2))
-    else:
-        raise ValueError(f"name: expected 'cifar10' or 'fashion_mnist', but got {name!r}.")
-    return images.float() / 255, labels.long()
+    if name == "digits":
+        digits = Digits(part=cast("Part", split))
+        return digits.images, digits.targets
+    if name not in _READERS:
+        raise ValueError(f"name: expected one of {['digits', *_READERS]}, but got {name!r}.")
+    images, labels = _READERS[name]("test" if split == "test" else "train")
+    if split != "test":
+        first = len(labels) * 9 // 10
+        part = slice(first, None) if split == "holdout" else slice(first)
+        images, labels = images[part], labels[part]
+    padding = (32 - images.shape[-1]) // 2
+    return F.pad(images, (padding,) * 4).float() / 255, labels.long()
 
 
 def _cifar10(split: str) -> tuple[Tensor, Tensor]:
@@ -63,3 +71,6 @@ def _fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
         train=split == "train", transform=pil_to_tensor, download=root == _DATA
     )
     return dataset.data[:, None], dataset.targets
+
+
+_READERS = {"cifar10": _cifar10, "fashion_mnist": _fashion_mnist}

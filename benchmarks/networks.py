@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
+from lightning_unlearn.classifier import ConvClassifier
+
 __all__ = ["NETWORKS", "PreActResNet18", "vgg"]
 
 
@@ -64,4 +66,8 @@ def vgg(*, channels: int = 3, classes: int = 10, width: int = 32) -> nn.Sequenti
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"preact_resnet18": PreActResNet18, "vgg": vgg}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "conv": ConvClassifier,
+    "preact_resnet18": PreActResNet18,
+    "vgg": vgg,
+}

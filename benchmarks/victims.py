@@ -34,6 +34,7 @@ ATTACKS: dict[str, Trigger] = {
     "sig": SinusoidTrigger(),
     "lf": LowFrequencyTrigger(),
     "wanet": WarpTrigger(),
+    "wanet-strong": WarpTrigger(strength=1.5),  # a thousand digits do not teach a victim the field of the paper
     "bpp": QuantizeTrigger(),
 }
 _CROSS = {"wanet": 0.2, "bpp": 0.1}  # shares of cross images with true labels, as the attacks' papers have them

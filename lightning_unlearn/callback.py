@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]  # public, but re-exported implicitly
     rank_zero_info,
     rank_zero_warn,
@@ -28,6 +30,7 @@ from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.logs import log_pictures, log_report, log_round
 from lightning_unlearn.methods import MaskPrune, RepairMethod, Round
+from lightning_unlearn.methods.base import check_range
 from lightning_unlearn.progress import round_progress
 from lightning_unlearn.repair import Split, repair_split
 from lightning_unlearn.report import Report
@@ -36,6 +39,10 @@ from lightning_unlearn.triggers import Trigger
 __all__ = ["BackdoorUnlearning"]
 
 _REFUSED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy)
+_NO_BEST = (
+    "source: 'best' needs a ModelCheckpoint that has saved a best model (give it a `monitor`), but there is none; use "
+    "source='last'."
+)
 
 
 class BackdoorUnlearning(Callback):
@@ -116,6 +123,8 @@ class BackdoorUnlearning(Callback):
             )
         if source not in ("last", "best"):
             raise ValueError(f"source: expected 'last' or 'best', but got {source!r}.")
+        check_range("batch_size", batch_size, 1, float("inf"))
+        check_range("min_asr", min_asr, 0, 1)
         self.clean_data = clean_data
         self.trigger = trigger
         self.method = method or MaskPrune()
@@ -128,8 +137,8 @@ class BackdoorUnlearning(Callback):
         self.force = force
         self.min_asr = min_asr
         self.report: Report | None = None
+        self._mask: dict[str, Tensor] | None = None  # what is pruned by now, in an earlier run or in this one
         self._held: FilterMask | None = None  # after resuming: keeps what was pruned at zero
-        self._resumed: dict[str, Tensor] | None = None
 
     def logits(self, module: LightningModule, images: Tensor) -> Tensor:
         """How to get (N, classes) logits from (N, C, H, W) images; override it where ``module(images)`` is not that."""
@@ -140,7 +149,8 @@ class BackdoorUnlearning(Callback):
     @override
     def state_key(self) -> str:
         """Tells two callbacks with different triggers apart in a checkpoint."""
-        return self._generate_state_key(trigger=type(self.trigger).__name__, target=self.trigger.target)
+        # A function's address would make another key in the next process.
+        return self._generate_state_key(trigger=re.sub(" at 0x[0-9a-f]+", "", repr(self.trigger)))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -166,6 +176,8 @@ class BackdoorUnlearning(Callback):
                 f"callbacks: {averaging[0]} replaces the weights in every checkpoint by averaged, unrepaired ones; "
                 "remove it and repair the averaged checkpoint with `lightning-unlearn repair`."
             )
+        if self.source == "best" and not isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+            raise MisconfigurationException(_NO_BEST)
         data = self.clean_data
         if isinstance(data, LightningDataModule):
             if data is trainer.datamodule:  # type: ignore[attr-defined]  # set by the Trainer's connector
@@ -179,23 +191,25 @@ class BackdoorUnlearning(Callback):
                     "DataModule's instead of its own; create the CLI with load_from_checkpoint_support=False, as "
                     "`lightning-unlearn fit` does."
                 )
-        self.report, self._held, self._resumed = None, None, None
+        self.report, self._held, self._mask = None, None, None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tries everything once on one image, and after resuming takes up the mask again."""
+        """Tries the model on one image and the trigger on all, and after resuming takes up the mask again."""
         clean = self._clean_images(pl_module)
-        if isinstance(trainer.train_dataloader, DataLoader):
-            clean.refuse_training_images(trainer.train_dataloader.dataset)
+        for loader in CombinedLoader(trainer.train_dataloader).flattened:  # there may be several
+            if isinstance(loader, DataLoader):
+                clean.refuse_training_images(loader.dataset)
         trigger = clean.fit_trigger(self.trigger)
         with intact(pl_module):
-            images, labels = clean.first()
+            images, _ = clean.first()
             layers = find_filters(pl_module, images.to(pl_module.dtype), lambda x: self.logits(pl_module, x))
             logits = logits_of(lambda x: self.logits(pl_module, x), images.to(pl_module.dtype))
-            Pairs.stamp(images, labels, trigger, num_classes=logits.shape[1])
-        if self._resumed is not None:
+            for part in (clean.scoring(), clean.validation()):
+                Pairs.stamp(*part, trigger, num_classes=logits.shape[1])
+        if self._mask is not None:
             self._held = FilterMask(layers)
-            self._held.load_state_dict(self._resumed)
+            self._held.load_state_dict(self._mask)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -225,15 +239,14 @@ class BackdoorUnlearning(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The report in plain Python and the mask as bool tensors."""
-        if self.report is None:
-            return {}
-        return {"report": self.report.to_dict(), "mask": self._mask}
+        """The report in plain Python, once there is one, and the mask as bool tensors, also while it is being held."""
+        report = None if self.report is None else self.report.to_dict()
+        return {name: value for name, value in (("report", report), ("mask", self._mask)) if value is not None}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up a report and mask, which are then held through further training."""
-        self._resumed = state_dict.get("mask")
+        """Takes up the mask of an earlier run, which is then held through further training."""
+        self._mask = state_dict.get("mask")
 
     def unlearn(self, trainer: Trainer, module: LightningModule) -> Report:
         """Repair a module on the Trainer's device, log it, and report; nothing is written but logs.
@@ -278,6 +291,8 @@ class BackdoorUnlearning(Callback):
                 forward=forward,
                 on_round=on_round,
             )
+        if self._held is not None:  # fine-tuning held this repair's filters, not those of earlier ones
+            result.mask.load_state_dict(self._held.state_dict())
         _align(module)
         after = self._test(clean, trigger, forward, num_classes)
         test = None if before is None or after is None else (before, after)
@@ -308,13 +323,12 @@ class BackdoorUnlearning(Callback):
         """Load the weights to repair; how the file that holds them is called."""
         saver = trainer.checkpoint_callback
         best = getattr(saver, "best_model_path", "")
-        if self.source == "last":
-            return Path(best or "model").stem
+        if self.source == "last" or trainer.fast_dev_run:  # type: ignore[attr-defined]  # as in on_train_end
+            # With a monitor the best file may be an earlier epoch's, whose name would mislead.
+            latest = getattr(saver, "last_model_path", "") or ("" if getattr(saver, "monitor", None) else best)
+            return Path(latest or "model").stem
         if not best:
-            raise MisconfigurationException(
-                "source: 'best' needs a ModelCheckpoint that has saved a best model (give it a `monitor`), but there "
-                "is none; use source='last'."
-            )
+            raise MisconfigurationException(_NO_BEST)
         trainer.strategy.barrier()
         module.load_state_dict(load_checkpoint(best)["state_dict"])
         return Path(best).stem

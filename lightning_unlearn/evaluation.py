@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.metrics import AttackSuccessRate, RecoveryAccuracy
+from lightning_unlearn.metrics.functional import predicted_classes
 
 __all__ = ["Evaluation", "evaluate", "logits_of"]
 
@@ -53,6 +54,8 @@ def logits_of(forward: Callable[[Tensor], object], images: Tensor) -> Tensor:
             f"model: expected logits of shape ({len(images)}, classes) from its forward pass, but got {got}; "
             "wrap the model, or override the callback's `logits`, so that one tensor of class logits comes back."
         )
+    if not logits.is_floating_point():
+        raise ValueError(f"model: expected logits, which are floating-point numbers, but got {logits.dtype}.")
     return logits.float()
 
 
@@ -79,7 +82,8 @@ def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Pairs]) -> E
         {'acc': 1.0, 'asr': 1.0, 'ra': 0.0}
     """
     rates: MetricCollection | None = None
-    losses = {"loss": MeanMetric(), "unlearning_loss": MeanMetric()}
+    # By default MeanMetric would drop NaN, so that a diverged model might look good.
+    losses = {name: MeanMetric(nan_strategy=float("nan")) for name in ("loss", "unlearning_loss")}
     for pairs in batches:
         # One forward pass over both halves: on small batches the launch, not the arithmetic, is what costs.
         clean, triggered = logits_of(forward, torch.cat([pairs.clean, pairs.triggered])).chunk(2)
@@ -88,8 +92,8 @@ def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Pairs]) -> E
             rates = MetricCollection({"asr": AttackSuccessRate(), "ra": RecoveryAccuracy()}).to(device)
             accuracy = MulticlassAccuracy(clean.shape[1], average="micro", validate_args=False).to(device)
             losses = {name: metric.to(device) for name, metric in losses.items()}
-        accuracy.update(clean.argmax(1), pairs.labels)
-        rates.update(triggered.argmax(1), pairs.labels, pairs.targets)
+        accuracy.update(predicted_classes(clean, pairs.labels), pairs.labels)
+        rates.update(triggered, pairs.labels, pairs.targets)
         for name, logits in (("loss", clean), ("unlearning_loss", triggered)):
             losses[name].update(F.cross_entropy(logits, pairs.labels, reduction="none"))
     if rates is None:

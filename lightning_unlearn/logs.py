@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import torch
 from lightning.pytorch import Trainer
+from torchvision.transforms.functional import convert_image_dtype
 from torchvision.utils import make_grid
 
 from lightning_unlearn.data.pairs import Pairs
@@ -42,7 +43,11 @@ def log_report(trainer: Trainer, report: Report) -> None:
 
 def log_pictures(trainer: Trainer, pairs: Pairs, trigger: Trigger) -> None:
     """Log up to eight clean images, the same with the trigger, and what the trigger changed, shown around mid-grey."""
-    clean, triggered = pairs.clean[:8].detach().float().cpu(), pairs.triggered[:8].detach().float().cpu()
+    if pairs.clean.shape[1] not in (1, 3):
+        return  # no picture has other numbers of channels
+    clean, triggered = (
+        convert_image_dtype(images[:8].detach().cpu(), torch.float32) for images in (pairs.clean, pairs.triggered)
+    )
     if trigger.normalization is not None:
         clean, triggered = trigger.normalization.invert(clean), trigger.normalization.invert(triggered)
     pictures = {"clean": clean, "triggered": triggered, "trigger": ((triggered - clean) + 1) / 2}

@@ -36,10 +36,12 @@ def round_progress(trainer: Trainer) -> Iterator[Callable[[Round], None]]:
         def advance(done: Round) -> None:
             # Lightning's columns need a total; it stays one round ahead.
             progress.update(task, completed=done.round, total=done.round + 1, description=_line(done))
+            bar.refresh()  # Lightning's bars draw nothing by themselves
 
         try:
             yield advance
         finally:
+            bar.refresh(hard=True)  # a quick repair may be over before anything was drawn
             progress.remove_task(task)
     elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
         with Tqdm(desc="Unlearning", unit="round", leave=True, position=0) as rounds:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.methods import MaskPrune, RepairMethod, RepairTask, Round, Stopwatch
+from lightning_unlearn.methods.base import check_range
 from lightning_unlearn.triggers import Trigger, find_normalization
 
 __all__ = ["ImagesAndLabels", "RepairResult", "Split", "repair", "repair_split"]
@@ -82,7 +83,7 @@ def repair(
     model: nn.Module,
     dataset: Dataset[Any],
     *,
-    trigger: Trigger,
+    trigger: Trigger | None = None,
     method: RepairMethod | None = None,
     samples_per_class: int | None = 10,
     share: float | None = None,
@@ -101,8 +102,8 @@ def repair(
     Args:
         model: a classifier whose forward takes (N, C, H, W) images and returns (N, classes) logits.
         dataset: a map-style dataset of clean images, as the model takes them, with true labels.
-        trigger: the trigger to unlearn. If it was told no normalisation and the dataset's transforms hold a torchvision
-            ``Normalize``, that one is used.
+        trigger: the trigger to unlearn, required for now. If it was told no normalisation and the dataset's transforms
+            hold a torchvision ``Normalize``, that one is used.
         method: the repair method; :class:`MaskPrune` by default.
         samples_per_class: clean images drawn per class (SPC), at least 2.
         share: the share of ``dataset`` to draw instead, in (0, 1]; then give ``samples_per_class=None``.
@@ -135,10 +136,15 @@ def repair(
         >>> len(result.rounds), len(result.rounds[0].pruned), len(result.scoring_images)
         (1, 1, 18)
     """
+    if trigger is None:
+        raise ValueError(
+            "trigger: none is given, and estimating an unknown trigger is not built yet; pass the trigger to unlearn, "
+            "such as PatchTrigger(size=3, target=0)."
+        )
     if not isinstance(trigger, Trigger):
         raise TypeError(
-            f"trigger: expected a lightning_unlearn.triggers.Trigger, but got {type(trigger).__name__}. Estimating an "
-            "unknown trigger is not built yet; wrap a function of your own in FunctionTrigger."
+            f"trigger: expected a lightning_unlearn.triggers.Trigger, but got {type(trigger).__name__}; wrap a "
+            "function of your own in FunctionTrigger."
         )
     holdout = split_holdout(
         labels_of(dataset),
@@ -199,6 +205,8 @@ def repair_split(
     method = method or MaskPrune()
     if not isinstance(method, RepairMethod):
         raise TypeError(f"method: expected a lightning_unlearn.methods.RepairMethod, but got {type(method).__name__}.")
+    check_range("batch_size", batch_size, 1, float("inf"))
+    check_range("min_asr", min_asr, 0, 1)
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper shares the parameters of what it wraps
     forward = forward or model
     watch, rounds = Stopwatch(), []
@@ -211,9 +219,13 @@ def repair_split(
         if not logits.isfinite().all():
             raise ValueError("model: its logits hold NaN or infinity; check the weights and the range of the images.")
         scoring, validation = (
-            Pairs.stamp(images, labels, trigger, num_classes=logits.shape[1]).to(first.device, first.dtype)
+            # Copies, because no gradient can pass tensors that were loaded inside `torch.inference_mode`.
+            Pairs.stamp(images.clone(), labels.clone(), trigger, num_classes=logits.shape[1]).to(
+                first.device, first.dtype
+            )
             for images, labels in (split.scoring, split.validation)
         )
+        _refuse_missing_classes(scoring.labels, validation.labels, num_classes=logits.shape[1])
         task = RepairTask(
             model=model,
             forward=forward,
@@ -221,6 +233,7 @@ def repair_split(
             scoring=scoring,
             validation=validation,
             before=evaluate(forward, validation.batches(batch_size)),
+            answers=_answers(forward, scoring, batch_size),
             batch_size=batch_size,
             seed=seed,
             watch=watch,
@@ -233,11 +246,10 @@ def repair_split(
                 rounds.append(number)
                 if on_round is not None:
                     on_round(number)
-            status = "repaired"
             if task.measure().asr > asr_before:
-                status = "not improved"
                 task.mask.undo(task.mask.steps)
                 _restore(model, original)
+            status = "not improved" if _is_as_before(model, original) else "repaired"
         after = task.validate()
     seconds = {kind: watch.seconds.get(kind, 0.0) for kind in ("score", "evaluate", "finetune", "total")}
     return RepairResult(method.name, status, task.before, after, tuple(rounds), task.mask, scoring, seconds)
@@ -245,12 +257,37 @@ def repair_split(
 
 def _load(dataset: Dataset[Any]) -> ImagesAndLabels:
     """All images and labels of a small dataset."""
-    loader: DataLoader[Any] = DataLoader(dataset, batch_size=256)
+    # With a generator of its own it draws nothing from the global one.
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=256, generator=torch.Generator())
     images, labels = zip(*(item_parts(batch) for batch in loader), strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
+def _refuse_missing_classes(*parts: Tensor, num_classes: int) -> None:
+    """Without images of a class, a method could ruin it unseen."""
+    missing = [c for c in range(num_classes) if not all((labels == c).any() for labels in parts)]
+    if missing:
+        raise ValueError(
+            f"dataset: the model gives {num_classes} logits, but of class {', '.join(map(str, missing[:5]))} there is "
+            "no clean image to score or none to validate; give at least 2 images of each class."
+        )
+
+
+def _is_as_before(model: nn.Module, original: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, original[name]) for name, tensor in _tensors(model))
+
+
+@torch.no_grad()
+def _answers(forward: Callable[[Tensor], Tensor], pairs: Pairs, batch_size: int) -> Tensor:
+    return torch.cat([logits_of(forward, batch.clean).softmax(1) for batch in pairs.batches(batch_size)])
+
+
 @torch.no_grad()
 def _restore(model: nn.Module, original: Mapping[str, Tensor]) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in _tensors(model):
         tensor.copy_(original[name])
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()

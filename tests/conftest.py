@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.data import Digits, PoisonedDataset
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate
-from lightning_unlearn.triggers import PatchTrigger
+from lightning_unlearn.methods import RepairMethod, RepairTask, Round
+from lightning_unlearn.repair import Split, repair_split
+from lightning_unlearn.triggers import PatchTrigger, Trigger
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -106,8 +109,9 @@ def make_clean() -> Callable[..., TensorDataset]:
 class HandVictim:
     """A backdoored net whose every number was written by hand: three classes, four filters, the last is the backdoor.
 
-    An image of class c is bright in row c of four. Filter c of the one convolution sees row c, filter 3 sees the trigger, a
-    white pixel in the lower right corner, and pushes towards class 0. Without filter 3 the net is right about everything.
+    An image of class c is bright in row c of four. Filter c of the one convolution sees row c, filter 3 sees the
+    trigger, a white pixel in the lower right corner, and pushes towards class 0. Without filter 3 the net is right
+    about everything.
     """
 
     net: nn.Module
@@ -132,6 +136,42 @@ def hand_victim() -> HandVictim:
     brightness = 0.8 + 0.2 * torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
     images[torch.arange(60), 0, labels] = brightness
     return HandVictim(net, PatchTrigger(size=1, target=0), TensorDataset(images, labels))
+
+
+class _Capture(RepairMethod):
+    """Does nothing but keep the task."""
+
+    def repair(self, task: RepairTask) -> Iterator[Round]:
+        self.task = task
+        return iter(())
+
+
+@pytest.fixture(scope="session")
+def make_task() -> Callable[..., RepairTask]:
+    """``make_task(net, clean, trigger, validation=1, kind=RepairTask, **options)``: what ``repair`` gives a method.
+
+    The first ``validation`` images of each class validate, all others are scored.
+    """
+
+    def make(
+        net: nn.Module,
+        clean: TensorDataset,
+        trigger: Trigger,
+        *,
+        validation: int = 1,
+        kind: type[RepairTask] = RepairTask,
+        **options: Any,
+    ) -> RepairTask:
+        images, labels = clean.tensors
+        net.eval().requires_grad_(True)
+        validating = torch.cat([(labels == c).nonzero().flatten()[:validation] for c in labels.unique()])
+        held = torch.ones(len(labels), dtype=torch.bool).index_fill(0, validating, False)
+        split = Split((images[held], labels[held]), (images[validating], labels[validating]))
+        capture = _Capture()
+        repair_split(net, split, trigger=trigger, method=capture, force=True, **options)
+        return kind(**{field.name: getattr(capture.task, field.name) for field in fields(capture.task)})
+
+    return make
 
 
 def _bytes(tensor: Tensor) -> list[int]:

@@ -332,9 +332,11 @@ def test_innocent_model_is_left_alone(fit, hand_victim, tmp_path):
     assert forced.report.rounds
 
 
-def test_min_asr(fit):
-    callback, _, _ = fit(min_asr=1.1)
-    assert callback.report.status == "not backdoored"
+def test_min_asr(fit, hand_victim):
+    with torch.no_grad():
+        hand_victim.net[0].weight[3] = 0
+    callback, _, _ = fit(min_asr=0.0)
+    assert callback.report.status != "not backdoored"
 
 
 def test_flags_and_gradients_as_before(fit, hand_victim):
@@ -388,23 +390,45 @@ class Worsens(Model):
         self.log("score", float(self.current_epoch))
 
 
-@pytest.mark.parametrize(("source", "weight"), [("best", 8.0), ("last", 32.0)])
-def test_source(fit, hand_victim, tmp_path, source, weight):
-    saver = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="score", mode="min")
+@pytest.mark.parametrize(
+    ("source", "save_last", "weight", "name"),
+    [
+        ("best", None, 8.0, "epoch=0-unlearned.ckpt"),
+        ("best", True, 8.0, "epoch=0-unlearned.ckpt"),
+        ("last", None, 32.0, "model-unlearned.ckpt"),
+        ("last", True, 32.0, "last-unlearned.ckpt"),
+    ],
+)
+def test_source(fit, hand_victim, tmp_path, source, save_last, weight, name):
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="score", mode="min", save_last=save_last)
     model = Worsens(hand_victim.net)
     callback, _, _ = fit(model=model, source=source, callbacks=(saver,), trainer={"max_epochs": 3})
     assert model.net[3].weight[1, 1].item() == weight
     assert callback.report.filters["by_layer"] == BACKDOOR
     assert Path(saver.best_model_path).name == "epoch=0.ckpt"
     assert torch.load(saver.best_model_path, weights_only=True)["state_dict"]["net.3.weight"][1, 1] == 8
+    assert Path(callback.report.checkpoint).name == name
     saved = torch.load(callback.report.checkpoint, weights_only=True)["state_dict"]
     assert saved["net.3.weight"][1, 1].item() == weight
     assert saved["net.0.weight"][3].eq(0).all()
 
 
-def test_the_best_where_there_is_none(fit):
+def test_the_best_where_there_can_be_none(fit):
+    steps = Steps()
     with pytest.raises(MisconfigurationException, match=r"source: 'best' needs a ModelCheckpoint.*source='last'"):
-        fit(source="best", trainer={"enable_checkpointing": False})
+        fit(source="best", trainer={"enable_checkpointing": False}, callbacks=(steps,))
+    assert steps.batches == 0
+
+
+def test_the_best_where_none_was_saved(fit):
+    with pytest.raises(MisconfigurationException, match=r"source: 'best' needs a ModelCheckpoint.*source='last'"):
+        fit(source="best", callbacks=(ModelCheckpoint(every_n_epochs=2),))
+
+
+def test_fast_dev_run_saves_no_best(fit, tmp_path):
+    callback, _, _ = fit(source="best", trainer={"fast_dev_run": True})
+    assert callback.report.filters["by_layer"] == BACKDOOR
+    assert files(tmp_path) == []
 
 
 # Test data never reaches the repair
@@ -471,6 +495,20 @@ def test_what_clean_data_is_not(clean_data):
 def test_source_is_one_of_two(parts):
     with pytest.raises(ValueError, match=r"source: expected 'last' or 'best', but got 'first'"):
         BackdoorUnlearning(parts[1], PatchTrigger(), source="first")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, r"batch_size: expected a value in \[1, inf\], but got 0"),
+        ({"min_asr": 1.1}, r"min_asr: expected a value in \[0, 1\], but got 1.1"),
+        ({"min_asr": -0.1}, r"min_asr: expected a value in \[0, 1\], but got -0.1"),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range(parts, options, message):
+    with pytest.raises(ValueError, match=message):
+        BackdoorUnlearning(parts[1], PatchTrigger(), **options)
 
 
 def test_default_method(parts):
@@ -552,14 +590,14 @@ def test_pruned_by_torch(fit, hand_victim):
 
 def test_the_training_set_as_clean_data(fit, hand_victim, parts):
     steps = Steps()
-    with pytest.raises(ValueError, match=r"clean_data: 12 of its images are in the training set itself"):
+    with pytest.raises(ValueError, match=r"clean_data: \d+ of its images are in the training set itself"):
         fit(parts[0], callbacks=(steps,))
     assert steps.batches == 0
 
 
 def test_overlap_with_the_training_set(fit, hand_victim):
     train, clean = Subset(hand_victim.clean, range(30)), Subset(hand_victim.clean, range(24, 36))
-    with pytest.raises(ValueError, match=r"clean_data: 6 of its images are in the training set itself"):
+    with pytest.raises(ValueError, match=r"clean_data: \d+ of its images are in the training set itself"):
         fit(clean, train=DataLoader(train, batch_size=15))
 
 
@@ -569,7 +607,7 @@ def test_overlap_with_one_of_several_training_loaders(fit, hand_victim, parts):
             return super().training_step(batch["b"], batch_idx)
 
     loaders = {"a": DataLoader(parts[0], batch_size=15), "b": DataLoader(hand_victim.clean, batch_size=15)}
-    with pytest.raises(ValueError, match=r"clean_data: 12 of its images are in the training set itself"):
+    with pytest.raises(ValueError, match=r"clean_data: \d+ of its images are in the training set itself"):
         fit(parts[1], model=Several(hand_victim.net), train=loaders)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ METHODS = [
     pytest.param(
         lambda: GradPrune(max_rounds=2, finetune=FineTuning(triggered=True, max_epochs=2)), id="grad-finetune"
     ),
-    pytest.param(lambda: MaskPrune(steps=6, validate_every=3), id="mask"),
-    pytest.param(lambda: MaskPrune(steps=6, validate_every=3, cut="hard"), id="mask-hard"),
+    pytest.param(lambda: MaskPrune(steps=6, validate_every=3, finetune=False), id="mask"),
+    pytest.param(lambda: MaskPrune(steps=6, validate_every=3, cut="hard", finetune=False), id="mask-hard"),
     pytest.param(lambda: FineTuning(triggered=True, max_epochs=2, learning_rate=0.01), id="finetune"),
 ]
 
@@ -182,13 +183,13 @@ def test_all_to_all_is_repaired(hand_victim, method):
     # Filter 3 now sends class 0 to 1, and nothing else: an attack on one class of three.
     net = hand_victim.net
     with torch.no_grad():
-        net[3].weight[:, 3] = torch.tensor([0.0, 8.0, 0.0])
+        net[3].weight[:, 3] = torch.tensor([0.0, 40.0, 0.0])
         net[0].weight[3, 0, 0] = 0.25
         net[0].bias[3] = -1.5
     trigger = PatchTrigger(size=1, target="all_to_all")
     result = repair(net, hand_victim.clean, trigger=trigger, method=method(), samples_per_class=10)
     assert result.before.asr == pytest.approx(1 / 3)
-    assert result.after.asr <= result.before.asr
+    assert result.after.asr == 0
 
 
 # The result
@@ -277,18 +278,19 @@ def test_a_method_gets_the_model_in_eval_mode_with_gradients(make_net, make_clea
 
 def test_inside_inference_mode(make_net, make_clean):
     spy = Spy()
+    net = make_net("vgg")
     with torch.inference_mode():
-        repair(make_net("vgg"), make_clean(20), trigger=PatchTrigger(), method=spy, force=True)
+        repair(net, make_clean(20), trigger=PatchTrigger(), method=spy, force=True)
     assert spy.grad_enabled
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_gradients_switched_off_outside_change_nothing(make_net, make_clean, method, context):
+@pytest.mark.parametrize("switched_off", [torch.no_grad, torch.inference_mode])
+def test_gradients_switched_off_outside_change_nothing(make_net, make_clean, method, switched_off):
     states = []
-    for switched_off in (False, True):
+    for context in (nullcontext, switched_off):
         net = make_net("vgg")
-        with context(switched_off):
+        with context():
             repair(net, make_clean(20), trigger=PatchTrigger(), method=method(), force=True)
         states.append(state(net))
     assert same_state(*states)

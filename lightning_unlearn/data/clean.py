@@ -81,6 +81,11 @@ class CleanImages:
             if is_overridden("test_dataloader", data, LightningDataModule):
                 data.setup("test")
                 test_loader = data.test_dataloader()
+                if not isinstance(test_loader, DataLoader):
+                    raise TypeError(
+                        f"clean_data: test_dataloader of {type(data).__name__} must give one DataLoader, but got "
+                        f"{type(test_loader).__module__}.{type(test_loader).__name__}."
+                    )
             data = pool
         if isinstance(data, DataLoader):
             self._collate = data.collate_fn

@@ -41,10 +41,10 @@ class ChannelTensor:
         Works on the module's own dictionaries, because ``setattr`` refuses a plain tensor in a parameter's place.
         """
         home = self.owner._parameters if self.attribute in self.owner._parameters else self.owner._buffers
-        before = home[self.attribute]
-        home[self.attribute] = tensor  # type: ignore[assignment]  # a differentiable tensor stands in for a Parameter
+        before = home.get(self.attribute)
         if before is None:
             raise AttributeError(f"{type(self.owner).__name__} has no tensor {self.attribute!r} to substitute.")
+        home[self.attribute] = tensor  # type: ignore[assignment]  # a differentiable tensor stands in for a Parameter
         return before
 
 
@@ -55,14 +55,16 @@ class FilterLayer:
     Args:
         name: the convolution's qualified name in the model.
         convolution: the convolution module (any of ``Conv1d`` to ``ConvTranspose3d``).
-        norms: affine tensors (γ, β) of every norm that consumes the convolution's channels one to one; for a
-            BatchNorm without affine parameters its running mean, since that is what such a norm emits for a dead
-            channel.
+        norms: γ and β of every norm that consumes the convolution's channels one to one.
+        offsets: running mean and β of those norms, if the channel cannot be scaled by γ and β: because a norm has none,
+            or because the convolution's output also goes elsewhere, as in the stem of a pre-activation ResNet. A
+            norm passes a scaled filter's scale on if its running mean and β are scaled, too.
     """
 
     name: str
     convolution: nn.modules.conv._ConvNd
     norms: tuple[ChannelTensor, ...] = ()
+    offsets: tuple[ChannelTensor, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -101,14 +103,19 @@ class FilterLayer:
 
     @property
     def gates(self) -> tuple[ChannelTensor, ...]:
-        """Affine tensors of the consuming norms: scaling them scales the channel exactly. Empty without such a norm."""
-        return tuple(norm for norm in self.norms if norm.attribute != "running_mean")
+        """γ and β of the consuming norms where scaling them scales the channel exactly, else nothing."""
+        return () if self.offsets else self.norms
+
+    @property
+    def companions(self) -> tuple[ChannelTensor, ...]:
+        """Everything beside the weight that is zeroed with a filter."""
+        return (*self.bias, *dict.fromkeys((*self.norms, *self.offsets)))
 
     def scaled(self, scales: Tensor) -> Iterator[tuple[ChannelTensor, Tensor]]:
         """What to substitute so that channel ``c`` is multiplied by ``scales[c]``, differentiably.
 
-        Yields (tensor, scaled copy) pairs: γ and β of the consuming norms where there are any, else weight and bias
-        (and the running mean of a norm without affine parameters), which comes to the same.
+        Yields (tensor, scaled copy) pairs: :attr:`gates` where there are any, else weight, bias and :attr:`offsets`,
+        which comes to the same.
 
         Args:
             scales: (channels,) factors.
@@ -121,7 +128,7 @@ class FilterLayer:
         if self.convolution.transposed:
             weight = weight.transpose(1, 2)
         yield ChannelTensor(self.convolution, "weight"), weight.flatten(0, 1)
-        for companion in (*self.bias, *self.norms):
+        for companion in (*self.bias, *self.offsets):
             yield companion, self._times(companion, scales)
 
     @staticmethod
@@ -132,8 +139,8 @@ class FilterLayer:
 
     @torch.no_grad()
     def zero(self, channels: Tensor) -> None:
-        """Zero the filters, biases and consuming norms' entries where ``channels``, (channels,) bool, is true."""
+        """Zero filters with their :attr:`companions` where ``channels``, (channels,) bool, is true."""
         self.by_filter(self.weight).masked_fill_(self.spread(channels), 0)
-        for companion in (*self.bias, *self.norms):
+        for companion in self.companions:
             values = companion.by_channel()
             values.masked_fill_(channels.view(-1, *(1,) * (values.ndim - 1)), 0)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the usual name
+from torch.overrides import TorchFunctionMode
 
 from lightning_unlearn.filters.layer import ChannelTensor, FilterLayer
 
@@ -125,7 +128,16 @@ class FilterMask:
         self._steps[-1] = (pruned[0], [*self._steps[-1][1], *pruned[1]])
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
-        """Cut a flat tensor, (total,), into one piece a layer."""
+        """Cut a flat tensor, (total,), into one piece a layer.
+
+        Raises:
+            ValueError: if it is of another shape.
+        """
+        if flat.shape != (self.total,):
+            raise ValueError(
+                f"flat: expected one value for each of the {self.total} filters, shape ({self.total},), "
+                f"but got shape {tuple(flat.shape)}."
+            )
         return torch.split(flat, [layer.channels for layer in self.layers])
 
     @torch.no_grad()
@@ -147,7 +159,8 @@ class FilterMask:
     def scaled(self, scales: Tensor) -> Iterator[None]:
         """Multiply every channel by a factor within the ``with`` block, differentiably, weights untouched.
 
-        The forward pass inside is exactly what :meth:`fold` would leave for good.
+        The forward pass inside is exactly what :meth:`fold` would leave for good, but for one thing: a filter that
+        ``fold`` prunes counts no longer in the statistics of a GroupNorm or LayerNorm.
 
         Args:
             scales: (total,) factors by flat index, on the model's device.
@@ -156,7 +169,8 @@ class FilterMask:
         try:
             for layer, factors in zip(self.layers, self.split(scales), strict=True):
                 displaced += [(channels, channels.substitute(scaled)) for channels, scaled in layer.scaled(factors)]
-            yield
+            with _DifferentiableMeans() if any(layer.offsets for layer in self.layers) else nullcontext():
+                yield
         finally:
             for channels, tensor in displaced:
                 channels.substitute(tensor)
@@ -210,6 +224,25 @@ class FilterMask:
         self.prune([filter_id for filter_id in wanted if filter_id not in done])
 
 
+class _DifferentiableMeans(TorchFunctionMode):
+    """Lets gradients reach running means, in which torch's norms are not differentiable.
+
+    The norm of x with running mean μ is computed as that of x − μ with running mean 0.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in (F.batch_norm, F.instance_norm):
+            return func(*args, **(kwargs or {}))
+        bound = inspect.signature(func).bind(*args, **(kwargs or {}))
+        images, mean = bound.arguments["input"], bound.arguments["running_mean"]
+        if mean is not None and mean.requires_grad:
+            bound.arguments["input"] = images - mean.view(-1, *(1,) * (images.ndim - 2))
+            bound.arguments["running_mean"] = torch.zeros_like(mean)
+        return func(*bound.args, **bound.kwargs)
+
+
 def _places(layer: FilterLayer, index: int) -> Iterator[Callable[[], Tensor]]:
     """Where everything is that zeroing a filter overwrites, looked up anew since a model may have moved meanwhile."""
 
@@ -218,7 +251,7 @@ def _places(layer: FilterLayer, index: int) -> Iterator[Callable[[], Tensor]]:
         return view[divmod(index, view.shape[1])]
 
     yield weight
-    for companion in (*layer.bias, *layer.norms):
+    for companion in layer.companions:
         yield partial(_entry, companion, index)
 
 

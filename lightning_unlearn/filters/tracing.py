@@ -10,8 +10,8 @@ it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,14 @@ _KEEP_CHANNELS = frozenset(
 _PERMUTE = frozenset({"permute", "transpose", "swapaxes", "movedim"})
 
 
+class _Origin(NamedTuple):
+    """Where the channels of a tensor come from."""
+
+    convolution: str
+    axis: int  # the dimension that runs over the filters
+    normed: bool  # whether a norm stands between
+
+
 class _Origins(TorchFunctionMode):
     """Follows each convolution's channels from its output to the norms that consume them."""
 
@@ -50,24 +58,27 @@ class _Origins(TorchFunctionMode):
         super().__init__()
         self.convolutions = convolutions
         self.ran: set[str] = set()
-        # For each norm that ran: the convolution, the channel axis from the end, the norm's arguments.
-        self.consumed: list[tuple[str | None, int, dict[str, Any]]] = []
+        self.consumed: list[tuple[_Origin | None, dict[str, Any]]] = []  # for each norm that ran, its arguments
+        self.escaped: set[str] = set()  # convolutions whose output something beside norms takes
         # The tensor is kept beside its origin so that its id is not given to another one.
-        self._origin: dict[int, tuple[Tensor, str, int]] = {}
+        self._origin: dict[int, tuple[Tensor, _Origin]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        source = self._origin.get(id(args[0])) if args else self._origin.get(id(kwargs.get("input")))
+        source = self._origin.get(id(args[0] if args else kwargs.get("input")))
         result = func(*args, **kwargs)
-        if not isinstance(result, Tensor):
+        if next(_tensors([result]), None) is None:  # a shape, for instance
             return result
-        origin = self._origin_after(func, args, kwargs, source, result)
+        origin = self._origin_after(func, args, kwargs, source, result) if isinstance(result, Tensor) else None
+        if func in _CONVOLUTIONS or (origin is None and func not in _NORMS):
+            taken = (self._origin.get(id(tensor)) for tensor in _tensors([*args, *kwargs.values()]))
+            self.escaped |= {found[1].convolution for found in taken if found is not None and not found[1].normed}
         if origin is None:
             self._origin.pop(id(result), None)  # an in-place operation, such as a residual sum, may have mixed channels
         else:
-            self._origin[id(result)] = (result, *origin)
+            self._origin[id(result)] = (result, origin)
         return result
 
     def _origin_after(
@@ -75,33 +86,39 @@ class _Origins(TorchFunctionMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        source: tuple[Tensor, str, int] | None,
+        source: tuple[Tensor, _Origin] | None,
         result: Tensor,
-    ) -> tuple[str, int] | None:
+    ) -> _Origin | None:
         if func in _CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             name = self.convolutions.get(id(weight))
             if name is None:
                 return None
             self.ran.add(name)
-            return name, result.ndim - weight.ndim + 1
+            return _Origin(name, result.ndim - weight.ndim + 1, normed=False)
         if func in _NORMS:
-            arguments = dict(inspect.signature(func).bind(*args, **kwargs).arguments)
-            inputs: Tensor = arguments["input"]
-            name, axis = (None, 0) if source is None else source[1:]
-            self.consumed.append((name, axis - inputs.ndim, arguments))
-            return None if name is None else (name, axis)
+            origin = None if source is None else source[1]
+            self.consumed.append((origin, dict(inspect.signature(func).bind(*args, **kwargs).arguments)))
+            return None if origin is None else origin._replace(normed=True)
         if source is None:
             return None
-        _, name, axis = source
-        operation = func.__name__
-        if operation in _KEEP_CHANNELS:
-            return name, axis
-        if operation in _PERMUTE:
+        inputs, origin = source
+        # Padding can add channels.
+        if func.__name__ in _KEEP_CHANNELS and result.shape[origin.axis] == inputs.shape[origin.axis]:
+            return origin
+        if func.__name__ in _PERMUTE:
             # The same permutation of the axes' numbers tells where the channel axis went.
             shape = torch.empty(tuple(range(1, result.ndim + 1)), device="meta")
-            return name, list(func(shape, *args[1:], **kwargs).shape).index(axis + 1)
+            return origin._replace(axis=list(func(shape, *args[1:], **kwargs).shape).index(origin.axis + 1))
         return None
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def find_filters(
@@ -149,9 +166,11 @@ def find_filters(
             f"model: {type(model).__name__} ran no convolution on images of shape {tuple(images.shape)}, so there are "
             "no filters to score or prune; pass a convolutional image classifier."
         )
-    norms = _norms_by_convolution(model, origins)
+    norms, offsets = _norms_by_convolution(model, origins)
     return tuple(
-        FilterLayer(name, conv, norms.get(name, ())) for name, conv in convolutions.items() if name in origins.ran
+        FilterLayer(name, convolution, norms.get(name, ()), offsets.get(name, ()))
+        for name, convolution in convolutions.items()
+        if name in origins.ran
     )
 
 
@@ -172,7 +191,11 @@ def _refuse_unwritable(model: nn.Module, convolutions: dict[str, nn.modules.conv
             )
 
 
-def _norms_by_convolution(model: nn.Module, origins: _Origins) -> dict[str, tuple[ChannelTensor, ...]]:
+_ByConvolution = dict[str, tuple[ChannelTensor, ...]]
+
+
+def _norms_by_convolution(model: nn.Module, origins: _Origins) -> tuple[_ByConvolution, _ByConvolution]:
+    """The ``norms`` and the ``offsets`` of each :class:`FilterLayer`."""
     owners = {
         id(tensor): (module, attribute)
         for module in model.modules()
@@ -180,21 +203,36 @@ def _norms_by_convolution(model: nn.Module, origins: _Origins) -> dict[str, tupl
         if tensor is not None
     }
     consumers: dict[int, set[str | None]] = {}  # which convolutions feed each tensor of a norm, None for anything else
-    found: dict[int, tuple[str, ChannelTensor]] = {}
-    for name, axis, arguments in origins.consumed:
-        keys = ("weight", "bias") if arguments.get("weight") is not None else ("running_mean",)
-        for tensor in (arguments.get(key) for key in keys):
+    found: dict[int, tuple[str, bool, bool, ChannelTensor]] = {}  # convolution, is affine, is an offset, the tensor
+    unscalable = set(origins.escaped)
+    for origin, arguments in origins.consumed:
+        if origin is not None and arguments.get("weight") is None:
+            unscalable.add(origin.convolution)
+        for role in ("weight", "bias", "running_mean"):
+            tensor = arguments.get(role)
             if not isinstance(tensor, Tensor) or id(tensor) not in owners:
                 continue
-            consumers.setdefault(id(tensor), set()).add(name)
-            if name is not None:
-                # Per-channel vectors have one axis; a LayerNorm's weight ends with the input's last axes.
-                is_vector = "normalized_shape" not in arguments
-                position = 0 if is_vector else axis + tensor.ndim
-                if 0 <= position < tensor.ndim:
-                    found[id(tensor)] = (name, ChannelTensor(*owners[id(tensor)], axis=position))
-    by_convolution: dict[str, tuple[ChannelTensor, ...]] = {}
-    for key, (name, channels) in found.items():
+            consumers.setdefault(id(tensor), set()).add(None if origin is None else origin.convolution)
+            position = None if origin is None else _position(origin.axis, tensor, arguments)
+            if origin is not None and position is not None:
+                channels = ChannelTensor(*owners[id(tensor)], axis=position)
+                is_offset = role != "weight" and arguments.get("running_mean") is not None
+                found[id(tensor)] = (origin.convolution, role != "running_mean", is_offset, channels)
+    norms: _ByConvolution = {}
+    offsets: _ByConvolution = {}
+    for key, (name, is_affine, is_offset, channels) in found.items():
         if consumers[key] == {name}:
-            by_convolution[name] = (*by_convolution.get(name, ()), channels)
-    return by_convolution
+            if is_affine:
+                norms[name] = (*norms.get(name, ()), channels)
+            if is_offset and name in unscalable:
+                offsets[name] = (*offsets.get(name, ()), channels)
+    return norms, offsets
+
+
+def _position(axis: int, tensor: Tensor, arguments: dict[str, Any]) -> int | None:
+    """Which dimension of a norm's tensor runs over the channels that are dimension ``axis`` of its input, if any."""
+    if "normalized_shape" not in arguments:
+        return 0 if axis == 1 else None  # one value for each entry of the second dimension
+    # A LayerNorm's tensors have the last dimensions of its input.
+    position: int = axis + tensor.ndim - arguments["input"].ndim
+    return position if position >= 0 else None

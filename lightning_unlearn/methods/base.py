@@ -11,14 +11,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.filters import FilterId, FilterMask
 
-__all__ = ["RepairMethod", "RepairTask", "Round", "Stage", "Stopwatch", "check_range"]
+__all__ = ["RepairMethod", "RepairTask", "Round", "Stage", "Stopwatch", "Teacher", "check_range"]
 
 Stage = Literal["prune", "learn", "finetune"]
+Teacher = Literal["victim", "labels"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class RepairTask:
         scoring: pairs that a method may learn from, on the model's device.
         validation: pairs that decide when to stop and which round to keep, on the model's device.
         before: the untouched model on ``validation``.
+        answers: (N, C) probabilities that the untouched model gives the clean scoring images.
         batch_size: most pairs in one forward pass.
         seed: seed of every random choice that a method makes.
     """
@@ -92,6 +95,7 @@ class RepairTask:
     scoring: Pairs
     validation: Pairs
     before: Evaluation
+    answers: Tensor
     batch_size: int = 128
     seed: int = 0
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -112,6 +116,12 @@ class RepairTask:
         """Number the next round and record what it came to."""
         self.rounds += 1
         return Round(self.rounds, stage, pruned, now.acc, now.asr, now.ra, now.loss, now.unlearning_loss)
+
+    def wanted(self, teacher: Teacher) -> Tensor:
+        """What to answer for each scoring image, clean or triggered: (N, C) probabilities."""
+        if teacher == "labels":
+            return F.one_hot(self.scoring.labels, self.answers.shape[1]).float()
+        return self.answers
 
     def generator(self) -> torch.Generator:
         """A fresh CPU generator with the task's seed, the same on every process and device."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, logits_of
-from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
+from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, Teacher, check_range
 
 __all__ = ["FineTuning"]
 
@@ -27,6 +27,8 @@ class FineTuning(RepairMethod):
 
     Args:
         triggered: also train on triggered images (they count half of each batch).
+        teacher: train towards the true ``"labels"``, or towards what the untouched ``"victim"`` answered for the clean
+            image, by KL divergence, which moves its accuracy less.
         learning_rate: of SGD with momentum 0.9.
         weight_decay: of SGD.
         batch_size: clean images in one step (with as many triggered ones).
@@ -47,6 +49,7 @@ class FineTuning(RepairMethod):
         self,
         *,
         triggered: bool = False,
+        teacher: Teacher = "labels",
         learning_rate: float = 1e-3,
         weight_decay: float = 5e-4,
         batch_size: int = 128,
@@ -60,7 +63,10 @@ class FineTuning(RepairMethod):
         check_range("patience", patience, 1, float("inf"))
         check_range("max_epochs", max_epochs, 0, float("inf"))
         check_range("accuracy_drop", accuracy_drop, 0, 1, open_low=True)
+        if teacher not in ("victim", "labels"):
+            raise ValueError(f"teacher: expected 'victim' or 'labels', but got {teacher!r}.")
         self.triggered = triggered
+        self.teacher: Teacher = teacher
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.batch_size = batch_size
@@ -75,17 +81,17 @@ class FineTuning(RepairMethod):
         best_loss = self._loss(task.validate())
         best = [p.detach().clone() for p in parameters]
         best_epoch = 0
-        generator = task.generator()
-        floor = task.before.acc - self.accuracy_drop
+        generator, wanted = task.generator(), task.wanted(self.teacher)
+        floor = task.before.acc - self.accuracy_drop - 1e-6  # accuracies come as float32
         with task.mask.held(optimizer):
             for epoch in count(1):
                 if epoch > self.max_epochs or epoch - best_epoch > self.patience:
                     break
                 with task.watch.measure("finetune"):
-                    order = torch.randperm(len(task.scoring), generator=generator).to(task.scoring.labels.device)
-                    for pairs in task.scoring[order].batches(self.batch_size):
+                    order = torch.randperm(len(task.scoring), generator=generator).to(wanted.device)
+                    for chosen in torch.split(order, self.batch_size):
                         optimizer.zero_grad()
-                        self._step_loss(task, pairs).backward()  # type: ignore[no-untyped-call]  # torch's is untyped
+                        self._step_loss(task, task.scoring[chosen], wanted[chosen]).backward()  # type: ignore[no-untyped-call]  # torch's is untyped
                         optimizer.step()
                 now = task.validate()
                 # A loss that is not finite is never lower, so a diverged epoch cannot be kept.
@@ -98,11 +104,12 @@ class FineTuning(RepairMethod):
         for parameter in parameters:
             parameter.grad = None
 
-    def _step_loss(self, task: RepairTask, pairs: Pairs) -> Tensor:
-        images, labels = pairs.clean, pairs.labels
+    def _step_loss(self, task: RepairTask, pairs: Pairs, wanted: Tensor) -> Tensor:
+        images = pairs.clean
         if self.triggered:
-            images, labels = torch.cat([images, pairs.triggered]), labels.repeat(2)
-        return F.cross_entropy(logits_of(task.forward, images), labels)
+            images, wanted = torch.cat([images, pairs.triggered]), wanted.repeat(2, 1)
+        # For one-hot answers, the labels, the divergence is the cross-entropy.
+        return F.kl_div(logits_of(task.forward, images).log_softmax(1), wanted, reduction="batchmean")
 
     def _loss(self, now: Evaluation) -> float:
         return now.loss + now.unlearning_loss if self.triggered else now.loss

@@ -135,11 +135,12 @@ class GradPrune(RepairMethod):
     def _pick(self, task: RepairTask, scores: Tensor, probe: Pairs) -> list[FilterId]:
         """The filters to prune this round; none if all are pruned or no gradient is left."""
         candidates = max(self.filters_per_round, self.look_ahead)
-        left = scores.masked_fill(task.mask.flat(scores.device), -torch.inf)
+        pruned = task.mask.flat(scores.device)
+        left = scores.masked_fill(pruned, -torch.inf)
         indices = left.topk(min(candidates, task.mask.total - len(task.mask.pruned))).indices
         # One synchronisation for all that the host must know.
         finite, any_gradient, *order = torch.cat(
-            [scores.isfinite().all()[None].long(), scores.ne(0).any()[None].long(), indices]
+            [scores.isfinite().all()[None].long(), scores.masked_fill(pruned, 0).ne(0).any()[None].long(), indices]
         ).tolist()
         if not finite:
             raise ValueError(

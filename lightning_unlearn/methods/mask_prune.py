@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, logits_of
-from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
+from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, Teacher, check_range
 from lightning_unlearn.methods.fine_tuning import FineTuning
 
 __all__ = ["MaskPrune"]
@@ -35,9 +35,8 @@ class MaskPrune(RepairMethod):
     Args:
         teacher: ``"victim"`` or ``"labels"``, see above.
         cut: what becomes of the learned masks. ``"soft"`` folds them into the weights, and prunes only channels at 0.
-            ``"mixed"`` folds them too, then prunes channels in rising order of m for as long as L_clean + L_u rises by
-            ``slack`` at most. ``"hard"`` folds nothing, and prunes as many of the lowest as give the lowest
-            L_clean + L_u.
+            ``"mixed"`` folds them too, then prunes as many of the lowest as raise L_clean + L_u by ``slack`` at most.
+            ``"hard"`` folds nothing, and prunes as many of the lowest as give the lowest L_clean + L_u.
         steps: Adam steps.
         learning_rate: of Adam.
         batch_size: clean images a step, with as many triggered ones.
@@ -46,7 +45,8 @@ class MaskPrune(RepairMethod):
         validate_every: steps from one validation to the next, each a round.
         accuracy_drop: α, the largest drop of accuracy on all clean images held, a fraction in (0, 1]: the last masks
             within it are taken, and no pruning beyond it.
-        finetune: fine-tune afterwards on clean and triggered images; ``True`` for :class:`FineTuning`'s settings.
+        finetune: fine-tune afterwards on clean and triggered images; ``True`` for 30 epochs at most, by the same
+            teacher, with a learning rate of 3e-3.
 
     Raises:
         ValueError: if a hyper-parameter is out of range.
@@ -60,7 +60,7 @@ class MaskPrune(RepairMethod):
     def __init__(
         self,
         *,
-        teacher: Literal["victim", "labels"] = "victim",
+        teacher: Teacher = "victim",
         cut: Literal["soft", "mixed", "hard"] = "mixed",
         steps: int = 100,
         learning_rate: float = 0.05,
@@ -91,7 +91,11 @@ class MaskPrune(RepairMethod):
         self.slack = slack
         self.validate_every = validate_every
         self.accuracy_drop = accuracy_drop
-        self.finetune = FineTuning(triggered=True, accuracy_drop=accuracy_drop) if finetune is True else finetune
+        if finetune is True:
+            finetune = FineTuning(
+                triggered=True, teacher=teacher, learning_rate=3e-3, max_epochs=30, accuracy_drop=accuracy_drop
+            )
+        self.finetune = finetune
 
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Learn the masks, cut, fine-tune where asked to."""
@@ -107,7 +111,7 @@ class MaskPrune(RepairMethod):
         device = task.scoring.labels.device
         masks = torch.ones(task.mask.total, device=device, requires_grad=True)
         optimizer = torch.optim.Adam([masks], lr=self.learning_rate)
-        wanted = self._answers(task)
+        wanted = task.wanted(self.teacher)
         history = [masks.detach().clone()]
         for step, chosen in enumerate(self._batches(task), start=1):
             with task.watch.measure("score"):
@@ -141,25 +145,17 @@ class MaskPrune(RepairMethod):
         lowest_first = [task.mask.locate(index) for index in masks.argsort(stable=True).tolist()]
         done, lowered = len(task.mask.pruned), int((masks < 1).sum())
         best_loss, kept = _loss(task.measure()), task.mask.steps
-        limit = best_loss + self.slack
+        allowed = best_loss + self.slack if self.cut == "mixed" else best_loss
         for count in _growing(done, lowered):
             task.mask.prune(lowest_first[len(task.mask.pruned) : count])
             now = task.measure()
             loss = _loss(now)
-            if self.cut == "mixed" and not (loss <= limit and now.acc >= floor):
-                break
-            if self.cut == "mixed" or (loss < best_loss and now.acc >= floor):
-                best_loss, kept = loss, task.mask.steps
+            if loss <= allowed and now.acc >= floor:
+                allowed = allowed if self.cut == "mixed" else loss
+                kept = task.mask.steps
+            elif self.cut == "mixed" and loss > best_loss + 10 * self.slack:
+                break  # one channel too many can be made good by the next, but not by so much
         task.mask.undo(task.mask.steps - kept)
-
-    @torch.no_grad()
-    def _answers(self, task: RepairTask) -> Tensor:
-        """What to answer for each scoring image, (N, C) probabilities."""
-        batches = [logits_of(task.forward, pairs.clean) for pairs in task.scoring.batches(task.batch_size)]
-        logits = torch.cat(batches)
-        if self.teacher == "labels":
-            return F.one_hot(task.scoring.labels, logits.shape[1]).float()
-        return logits.softmax(1)
 
     def _disagreement(self, task: RepairTask, pairs: Pairs, wanted: Tensor) -> Tensor:
         """D(x) + D(T(x)); for one-hot answers the divergence is the cross-entropy."""
@@ -171,7 +167,7 @@ class MaskPrune(RepairMethod):
         generator, left = task.generator(), self.steps
         while left:
             order = torch.randperm(len(task.scoring), generator=generator).to(task.scoring.labels.device)
-            for chosen in order.split(self.batch_size)[:left]:
+            for chosen in torch.split(order, self.batch_size)[:left]:
                 yield chosen
                 left -= 1
 

@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as L  # noqa: N812 - the usual name
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+from torchvision import transforms
+
+from lightning_unlearn.data import HoldoutDataModule
+from lightning_unlearn.data.clean import CleanImages
+from lightning_unlearn.triggers import Normalization, PatchTrigger
+
+
+@pytest.fixture
+def clean(make_clean):
+    """Eight images of each of four classes, (1, 8, 8)."""
+    return make_clean(8)
+
+
+@pytest.fixture
+def module():
+    return L.LightningModule()
+
+
+class Loaders(L.LightningDataModule):
+    """A DataModule of the user's own that opens its files in ``setup`` and notes what is called."""
+
+    def __init__(self, train: Any, test: Any = None) -> None:
+        super().__init__()
+        self.opened: dict[str, Any] = {}
+        self.files = {"fit": train, "test": test}
+        self.calls: list[str] = []
+        if test is not None:
+            self.test_dataloader = self._test_dataloader
+
+    def prepare_data(self) -> None:
+        self.calls.append("prepare_data")
+
+    def setup(self, stage: str) -> None:
+        self.calls.append(f"setup {stage}")
+        self.opened[stage] = self.files[stage]
+
+    def train_dataloader(self) -> Any:
+        return self._loader(self.opened["fit"])
+
+    def _test_dataloader(self) -> Any:
+        return self._loader(self.opened["test"])
+
+    @staticmethod
+    def _loader(part: Any) -> Any:
+        return DataLoader(part, batch_size=3) if isinstance(part, Dataset) else part
+
+
+def values(batches) -> Tensor:
+    return torch.cat([pairs.clean for pairs in batches])
+
+
+# Drawing
+
+
+def test_draws_from_a_dataset(clean, module):
+    found = CleanImages(clean, module, samples_per_class=4, validation_share=0.5, seed=3)
+    assert not found.has_test
+    assert list(found.test(PatchTrigger(), 4)) == []
+    (images, labels), (held, held_labels) = found.scoring(), found.validation()
+    assert images.shape == held.shape == (8, 1, 8, 8)
+    assert labels.bincount().tolist() == held_labels.bincount().tolist() == [2] * 4
+    expected = HoldoutDataModule(clean, samples_per_class=4, validation_share=0.5, seed=3)
+    assert torch.equal(images, clean.tensors[0][list(expected.scoring.indices)])
+    assert torch.equal(held, clean.tensors[0][list(expected.validation.indices)])
+
+
+def test_seeds_draw_differently(clean, module):
+    chosen = {CleanImages(clean, module, samples_per_class=2, seed=seed).holdout.scoring.indices for seed in range(4)}
+    assert len(chosen) > 1
+
+
+def test_all_there_is(clean, module):
+    found = CleanImages(clean, module, samples_per_class=None)
+    assert len(found.scoring()[1]) + len(found.validation()[1]) == 32
+
+
+def test_holdout_data_module_is_taken_as_it_is(clean, module):
+    data = HoldoutDataModule(Subset(clean, range(16)), samples_per_class=2, test_dataset=Subset(clean, range(16, 32)))
+    found = CleanImages(data, module, samples_per_class=4, validation_share=0.9, seed=9)
+    assert found.holdout is data
+    assert found.has_test
+    assert torch.equal(values(found.test(PatchTrigger(), 4)), clean.tensors[0][16:])
+
+
+def test_loader_brings_its_collate_function(clean, module):
+    def collate(items):
+        images, labels = default_collate(items)
+        return {"image": images * 2, "label": labels}
+
+    loader = DataLoader(clean, batch_size=5, shuffle=True, drop_last=True, collate_fn=collate)
+    found = CleanImages(loader, module, samples_per_class=2)
+    assert torch.equal(found.scoring()[0], 2 * clean.tensors[0][list(found.holdout.scoring.indices)])
+
+
+def test_first(clean, module):
+    found = CleanImages(clean, module, samples_per_class=2)
+    (image, label), (images, labels) = found.first(), found.scoring()
+    assert torch.equal(image, images[:1])
+    assert torch.equal(label, labels[:1])
+
+
+# DataModules
+
+
+def test_data_module(clean, module):
+    data = Loaders(Subset(clean, range(16)), Subset(clean, range(16, 32)))
+    found = CleanImages(data, module, samples_per_class=4)
+    assert data.calls == ["prepare_data", "setup fit", "setup test"]
+    assert found.holdout.samples_per_class == 4
+    assert len(found.scoring()[1]) == 12
+    pairs = list(found.test(PatchTrigger(size=2, target=1), 4))
+    assert [len(batch) for batch in pairs] == [3, 3, 3, 3, 3, 1]
+    assert torch.equal(values(pairs), clean.tensors[0][16:])
+    assert all(batch.triggered[..., -2:, -2:].eq(1).all() for batch in pairs)
+    assert torch.cat([batch.targets for batch in pairs]).eq(1).all()
+
+
+def test_data_module_without_test_images(clean, module):
+    data = Loaders(clean)
+    assert not CleanImages(data, module, samples_per_class=4).has_test
+    assert data.calls == ["prepare_data", "setup fit"]
+
+
+def test_data_module_whose_test_images_are_drawn_from(clean, module):
+    data = Loaders(clean, Subset(clean, range(16, 32)))
+    with pytest.raises(ValueError, match=r"scoring part and test_dataset must be disjoint, but share \d+ images"):
+        CleanImages(data, module, samples_per_class=8)
+
+
+def test_data_module_with_several_loaders(clean, module):
+    data = Loaders({"a": DataLoader(clean)})
+    with pytest.raises(TypeError, match=r"clean_data: .*whose train_dataloader gives one DataLoader, but got .*dict"):
+        CleanImages(data, module)
+
+
+def test_data_module_with_several_test_loaders(clean, module):
+    data = Loaders(Subset(clean, range(16)), [DataLoader(clean), DataLoader(clean)])
+    with pytest.raises(TypeError, match=r"clean_data: .*test_dataloader .*one DataLoader, but got .*list"):
+        CleanImages(data, module, samples_per_class=2)
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self):
+        return iter([])
+
+
+@pytest.mark.parametrize("data", [Stream(), DataLoader(Stream())], ids=["dataset", "loader"])
+def test_streams_cannot_be_drawn_from(module, data):
+    with pytest.raises(TypeError, match=r"dataset must be map-style.*collect an iterable dataset into a list"):
+        CleanImages(data, module)
+
+
+def test_too_few_images(clean, module):
+    with pytest.raises(ValueError, match=r"class 0 has 8 images in the dataset, but 9 are needed"):
+        CleanImages(clean, module, samples_per_class=9)
+
+
+# Transfer
+
+
+class Hooks:
+    """Transfer hooks that leave a trace in the images: first + 1, then * 2, then + 10."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] + 1, batch[1]]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return [batch[0].to(device) * 2, batch[1].to(device)]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] + 10, batch[1]]
+
+
+class HookedModule(Hooks, L.LightningModule):
+    pass
+
+
+class HookedData(Hooks, Loaders):
+    pass
+
+
+class Refuses(L.LightningModule):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        raise AssertionError("the module's hook was called, although the clean data has its own")
+
+
+def test_the_clean_data_modules_own_hooks(clean):
+    found = CleanImages(HookedData(clean), Refuses(), samples_per_class=2)
+    images, _ = found.scoring()
+    assert torch.equal(images, (clean.tensors[0][list(found.holdout.scoring.indices)] + 1) * 2 + 10)
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, Loaders, DataLoader], ids=["dataset", "module", "loader"])
+def test_the_modules_hooks_where_the_data_has_none(clean, wrap):
+    found = CleanImages(wrap(clean), HookedModule(), samples_per_class=2)
+    images, _ = found.scoring()
+    assert torch.equal(images, (clean.tensors[0][list(found.holdout.scoring.indices)] + 1) * 2 + 10)
+
+
+def test_test_images_pass_the_same_hooks(clean):
+    class Brightens(Loaders):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0] / 2, batch[1]]
+
+    data = Brightens(Subset(clean, range(16)), Subset(clean, range(16, 32)))
+    found = CleanImages(data, L.LightningModule(), samples_per_class=2)
+    assert torch.equal(values(found.test(PatchTrigger(), 4)), clean.tensors[0][16:] / 2)
+
+
+def test_test_images_come_in_the_modules_precision(clean):
+    data = HoldoutDataModule(Subset(clean, range(16)), samples_per_class=2, test_dataset=Subset(clean, range(16, 32)))
+    pairs = next(CleanImages(data, L.LightningModule().double()).test(PatchTrigger(), 4))
+    assert pairs.clean.dtype == pairs.triggered.dtype == torch.float64
+
+
+# Normalisation
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+        self.targets = [0, 0, 1, 1]
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(torch.full((1, 4, 4), index / 4)), self.targets[index]
+
+
+NORMALIZED = Pictures(transforms.Normalize((0.5,), (0.25,)))
+
+
+def test_trigger_is_told_the_normalisation(module):
+    trigger = PatchTrigger(size=1)
+    found = CleanImages(NORMALIZED, module, samples_per_class=2)
+    told = found.fit_trigger(trigger)
+    assert told.normalization == Normalization(mean=(0.5,), std=(0.25,))
+    assert trigger.normalization is None
+    images, _ = found.scoring()
+    assert told(images)[:, :, -1, -1].eq(2).all()  # white is (1 - 0.5) / 0.25
+
+
+def test_trigger_that_knows_keeps_what_it_knows(module):
+    trigger = PatchTrigger(size=1, mean=[0.4], std=[0.3])
+    assert CleanImages(NORMALIZED, module, samples_per_class=2).fit_trigger(trigger) is trigger
+
+
+def test_trigger_for_pixels_stays(clean, module):
+    trigger = PatchTrigger(size=1)
+    assert CleanImages(clean, module, samples_per_class=2).fit_trigger(trigger) is trigger
+
+
+# The training set
+
+
+@pytest.mark.parametrize("part", ["scoring", "validation"])
+def test_training_images_are_refused(clean, module, part):
+    found = CleanImages(clean, module, samples_per_class=4)
+    one = getattr(found.holdout, part).indices[0]
+    with pytest.raises(ValueError, match=r"clean_data: 1 of its images are in the training set itself.*hold out"):
+        found.refuse_training_images(Subset(clean, [one]))
+
+
+def test_other_images_of_the_same_dataset_are_fine(clean, module):
+    found = CleanImages(clean, module, samples_per_class=4)
+    drawn = {*found.holdout.scoring.indices, *found.holdout.validation.indices}
+    found.refuse_training_images(Subset(clean, [index for index in range(32) if index not in drawn]))
+    found.refuse_training_images(TensorDataset(clean.tensors[0].clone(), clean.tensors[1]))

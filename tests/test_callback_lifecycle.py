@@ -1,0 +1,318 @@
+"""When the callback runs, and what becomes of its state."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L  # noqa: N812 - the usual name
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the usual name
+from torch.utils.data import DataLoader, Subset
+
+from lightning_unlearn import BackdoorUnlearning
+from lightning_unlearn.methods import FineTuning, GradPrune
+from lightning_unlearn.triggers import BlendTrigger, FunctionTrigger, PatchTrigger
+
+NEVER_RAN = r"BackdoorUnlearning never ran.*NOT repaired.*`lightning-unlearn repair --ckpt_path`"
+
+
+class Model(L.LightningModule):
+    """A net that trains with momentum, so that what was pruned would grow back."""
+
+    def __init__(self, net: nn.Module, learning_rate: float = 0.0) -> None:
+        super().__init__()
+        self.net = net.train()
+        self.learning_rate = learning_rate
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
+
+
+@pytest.fixture
+def setting(hand_victim, tmp_path):
+    """The hand-made victim, whose filter 3 is the backdoor, and what its fits share."""
+    return Setting(hand_victim, tmp_path)
+
+
+class Setting:
+    def __init__(self, victim: Any, folder: Path) -> None:
+        self.victim = victim
+        self.folder = folder
+        # Filters at zero get a gradient through a leaky ReLU: else they would stay at zero by themselves.
+        victim.net[1] = nn.LeakyReLU(0.1)
+        self.clean = Subset(victim.clean, range(30, 60))
+        self.original = {name: value.clone() for name, value in victim.net.state_dict().items()}
+
+    def callback(self, **options: Any) -> BackdoorUnlearning:
+        method = GradPrune(max_rounds=1, finetune=False)
+        return BackdoorUnlearning(**{"clean_data": self.clean, "trigger": self.victim.trigger, "method": method} | options)
+
+    def model(self, learning_rate: float = 0.0) -> Model:
+        self.victim.net.load_state_dict(self.original)
+        return Model(self.victim.net, learning_rate)
+
+    def trainer(self, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        where = {"accelerator": "cpu", "default_root_dir": self.folder, "max_epochs": 1}
+        return L.Trainer(callbacks=list(callbacks), **quiet | where | settings)
+
+    def loader(self, **options: Any) -> DataLoader[Any]:
+        return DataLoader(Subset(self.victim.clean, range(30)), batch_size=10, **options)
+
+    def files(self) -> list[str]:
+        return sorted(path.name for path in self.folder.rglob("*") if path.is_file())
+
+
+def backdoor_is_gone(model: Model) -> bool:
+    return not model.net[0].weight[3].any() and not model.net[0].bias[3].any()
+
+
+# Ways to end
+
+
+class Stops(L.Callback):
+    def on_train_batch_end(self, trainer, *args: Any) -> None:
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    ("settings", "callbacks", "steps"),
+    [
+        ({"max_epochs": 2}, [], 6),
+        ({"max_steps": 2, "max_epochs": -1}, [], 2),
+        ({"max_epochs": 9}, [EarlyStopping("loss", patience=1, check_on_train_epoch_end=True)], 6),
+        ({"max_epochs": 9, "min_epochs": 1}, [Stops()], 3),
+        ({"overfit_batches": 1}, [], 1),
+        ({"barebones": True, "default_root_dir": None, "logger": None}, [], 3),
+        ({"precision": "bf16-mixed"}, [], 3),
+    ],
+    ids=["max_epochs", "max_steps", "EarlyStopping", "should_stop", "overfit_batches", "barebones", "bf16-mixed"],
+)
+def test_runs_however_training_ends(setting, monkeypatch, settings, callbacks, steps):
+    monkeypatch.chdir(setting.folder)
+    if settings.get("barebones"):
+        settings |= {"enable_checkpointing": None, "enable_progress_bar": None, "enable_model_summary": None}
+    callback, model = setting.callback(), setting.model()
+    trainer = setting.trainer(callback, *callbacks, **settings)
+    trainer.fit(model, setting.loader())
+    assert trainer.global_step == steps
+    assert callback.report.filters["by_layer"] == {"net.0": [3]}
+    assert backdoor_is_gone(model)
+
+
+def test_fast_dev_run_writes_nothing(setting, monkeypatch):
+    monkeypatch.chdir(setting.folder)
+    callback, model = setting.callback(output_dir=str(setting.folder / "out")), setting.model()
+    logger = CSVLogger(setting.folder)
+    setting.trainer(callback, fast_dev_run=True, logger=logger).fit(model, setting.loader())
+    assert callback.report.checkpoint is None
+    assert backdoor_is_gone(model)
+    assert setting.files() == []
+    assert not (setting.folder / "out").exists()
+
+
+@pytest.mark.parametrize("settings", [{"max_epochs": 0}, {"limit_train_batches": 0}], ids=str)
+def test_warns_if_it_never_ran(setting, settings):
+    callback, model = setting.callback(), setting.model()
+    with pytest.warns(UserWarning, match=NEVER_RAN):
+        setting.trainer(callback, **settings).fit(model, setting.loader())
+    assert callback.report is None
+    assert not backdoor_is_gone(model)
+    assert setting.files() == []
+
+
+def test_warns_if_a_finished_run_is_resumed(setting):
+    trainer = setting.trainer(setting.callback())
+    trainer.fit(setting.model(), setting.loader())
+    again = setting.callback()
+    with pytest.warns(UserWarning, match=NEVER_RAN):
+        setting.trainer(again).fit(setting.model(), setting.loader(), ckpt_path=trainer.checkpoint_callback.best_model_path)
+    assert again.report is None
+
+
+def test_no_warning_if_it_ran(setting):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        setting.trainer(setting.callback()).fit(setting.model(), setting.loader())
+    assert not [warning for warning in caught if "never ran" in str(warning.message)]
+
+
+def test_nothing_is_repaired_after_an_exception_in_training(setting):
+    class Fails(L.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise RuntimeError("out of memory")
+
+    callback, model = setting.callback(), setting.model()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        setting.trainer(callback, Fails()).fit(model, setting.loader())
+    assert callback.report is None
+    assert not backdoor_is_gone(model)
+
+
+def test_training_is_the_same_with_and_without(setting):
+    """Neither its checks at the start nor its own random numbers may change what is trained."""
+    weights = []
+    for callbacks in ([], [setting.callback()]):
+        saver = ModelCheckpoint(setting.folder, filename=f"with-{len(callbacks)}")
+        L.seed_everything(3)
+        setting.trainer(*callbacks, saver, max_epochs=2).fit(setting.model(0.1), setting.loader(shuffle=True))
+        weights.append(torch.load(saver.best_model_path, weights_only=True)["state_dict"])
+    assert any(not torch.equal(value, setting.original[name[4:]]) for name, value in weights[0].items())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_one_callback_in_two_fits(setting):
+    callback = setting.callback()
+    setting.trainer(callback).fit(setting.model(), setting.loader())
+    first = callback.report
+    with pytest.warns(UserWarning, match=NEVER_RAN):
+        setting.trainer(callback, max_epochs=0).fit(setting.model(), setting.loader())
+    assert callback.report is None
+    setting.trainer(callback, enable_checkpointing=False).fit(setting.model(), setting.loader())
+    assert callback.report is not first
+    assert callback.report.filters == first.filters
+
+
+def test_does_nothing_in_other_loops(setting):
+    callback, model = setting.callback(), setting.model()
+    model.test_step = lambda batch, batch_idx: None
+    setting.trainer(callback).test(model, setting.loader(), verbose=False)
+    assert callback.report is None
+    assert not backdoor_is_gone(model)
+
+
+# State
+
+
+def unlearned(setting: Setting) -> str:
+    callback = setting.callback()
+    model = setting.model(0.1)  # the learning rate comes back with the optimizer's state
+    setting.trainer(callback, enable_checkpointing=False).fit(model, setting.loader())
+    assert backdoor_is_gone(model)
+    return callback.report.checkpoint
+
+
+def test_state_in_the_checkpoint(setting):
+    callback = setting.callback()
+    setting.trainer(callback).fit(setting.model(), setting.loader())
+    state = torch.load(callback.report.checkpoint, weights_only=True)["callbacks"][callback.state_key]
+    assert state["report"] == callback.report.to_dict()
+    assert state["report"]["checkpoint"] == callback.report.checkpoint
+    assert {name: bools.tolist() for name, bools in state["mask"].items()} == {"net.0": [False, False, False, True]}
+    assert state["mask"]["net.0"].dtype == torch.bool
+
+
+def test_no_state_before_a_repair(setting):
+    assert setting.callback().state_dict() == {}
+
+
+class Watch(L.Callback):
+    """Whether the backdoor's filter was at zero after each step; put after the callback."""
+
+    def __init__(self) -> None:
+        self.at_zero: list[bool] = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args: Any) -> None:
+        self.at_zero.append(backdoor_is_gone(pl_module))
+
+
+def test_pruned_filters_grow_back_without_the_callback(setting):
+    """Else the test below would prove nothing."""
+    path, watch, model = unlearned(setting), Watch(), setting.model(0.1)
+    setting.trainer(watch, max_epochs=2, enable_checkpointing=False).fit(model, setting.loader(), ckpt_path=path)
+    assert watch.at_zero == [False] * 3
+
+
+@pytest.mark.parametrize("options", [{}, {"force": True}], ids=["low ASR", "force"])
+def test_pruned_filters_stay_pruned_when_training_goes_on(setting, options):
+    path, watch, model = unlearned(setting), Watch(), setting.model(0.1)
+    callback = setting.callback(method=GradPrune(max_rounds=1, finetune=FineTuning(learning_rate=0.1)), **options)
+    setting.trainer(callback, watch, max_epochs=2, enable_checkpointing=False).fit(
+        model, setting.loader(), ckpt_path=path
+    )
+    assert watch.at_zero == [True] * 3
+    assert not torch.equal(model.net[0].weight[0], setting.original["0.weight"][0])
+    assert backdoor_is_gone(model)
+    assert callback.state_dict()["mask"]["net.0"][3]
+    assert callback.report.status == ("repaired" if options else "not backdoored")
+
+
+def test_pruned_filters_stay_pruned_when_training_goes_on_twice(setting):
+    path = unlearned(setting)
+    saver = ModelCheckpoint(setting.folder / "second", save_on_train_epoch_end=True)
+    setting.trainer(setting.callback(), saver, max_epochs=2).fit(setting.model(0.1), setting.loader(), ckpt_path=path)
+    watch, model = Watch(), setting.model(0.1)
+    setting.trainer(setting.callback(), watch, max_epochs=3, enable_checkpointing=False).fit(
+        model, setting.loader(), ckpt_path=saver.best_model_path
+    )
+    assert watch.at_zero == [True] * 3
+    assert backdoor_is_gone(model)
+
+
+def test_state_keys_of_functions_are_stable(setting):
+    keys = {
+        setting.callback(trigger=FunctionTrigger(functools.partial(torch.clamp, max=value))).state_key
+        for value in (0.25, 0.25, 0.5)
+    }
+    assert len(keys) == 2
+    assert not any("0x" in key for key in keys)
+
+
+def test_state_of_another_network(setting):
+    callback = setting.callback()
+    path, other = unlearned(setting), nn.Sequential(nn.Conv2d(1, 2, 4), nn.Flatten(), nn.Linear(2, 3))
+    state = torch.load(path, weights_only=True)
+    state["state_dict"] = Model(other).state_dict()
+    for optimizer in state["optimizer_states"]:
+        optimizer["state"] = {}
+    torch.save(state, setting.folder / "other.ckpt")
+    with pytest.raises(ValueError, match=r"state: it masks layers \{'net.0': 4\}, but the model has \{'net.0': 2\}"):
+        setting.trainer(callback, max_epochs=2).fit(Model(other), setting.loader(), ckpt_path=setting.folder / "other.ckpt")
+
+
+# Several callbacks
+
+
+def test_two_callbacks_for_two_triggers(setting):
+    second = BlendTrigger(ratio=0.5, target=1)
+    callbacks = [setting.callback(), setting.callback(trigger=second, force=True)]
+    model = setting.model()
+    setting.trainer(*callbacks).fit(model, setting.loader())
+    first, other = (callback.report for callback in callbacks)
+    assert (first.trigger, first.target, other.trigger, other.target) == ("PatchTrigger", 0, "BlendTrigger", 1)
+    assert first.checkpoint != other.checkpoint
+    assert len([name for name in setting.files() if name.endswith("unlearned.ckpt") or "-unlearned-v" in name]) >= 1
+    assert {"report.json", "report-v1.json"} <= set(setting.files())
+    state = torch.load(first.checkpoint, weights_only=True)["callbacks"]
+    assert callbacks[0].state_key in state
+    assert backdoor_is_gone(model)
+
+
+@pytest.mark.parametrize("target", [1, "all_to_all"])
+def test_state_keys_differ_by_target(setting, target):
+    keys = {setting.callback(trigger=PatchTrigger(target=t)).state_key for t in (0, target)}
+    assert len(keys) == 2
+
+
+def test_state_keys_differ_by_place(setting):
+    """Two patches towards one class are two triggers."""
+    triggers = [PatchTrigger(size=1, place=place) for place in ("top_left", "bottom_right")]
+    callbacks = [setting.callback(trigger=trigger, force=True) for trigger in triggers]
+    setting.trainer(*callbacks).fit(setting.model(), setting.loader())
+    assert all(callback.report is not None for callback in callbacks)

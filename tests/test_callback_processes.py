@@ -1,0 +1,150 @@
+"""One and two processes repair alike. Everything runs in a process of its own, which is fresh enough to be forked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L  # noqa: N812 - the usual name
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_unlearn import BackdoorUnlearning, HoldoutDataModule
+from lightning_unlearn.classifier import ConvClassifier
+from lightning_unlearn.data import Digits
+from lightning_unlearn.methods import FineTuning, GradPrune
+from lightning_unlearn.triggers import PatchTrigger
+
+DISTRIBUTED = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+METHOD = GradPrune(
+    score="taylor", filters_per_round=2, max_rounds=4, accuracy_drop=0.3, finetune=FineTuning(triggered=True, max_epochs=1)
+)
+
+
+class Victim(ConvClassifier):
+    """Sees other images on the second process, so that the running statistics of its norms differ."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        return super().training_step((images if self.global_rank == 0 else 1 - images, labels), batch_idx)
+
+
+class Spread(L.Callback):
+    """By how much weights and buffers differ between the processes, as a metric, which outlives them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def state_key(self) -> str:
+        return self.name
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        tensors = [tensor.double().flatten() for tensor in pl_module.state_dict().values()]
+        gathered = trainer.strategy.all_gather(torch.cat(tensors)).reshape(trainer.world_size, -1)
+        trainer.callback_metrics[self.name] = (gathered - gathered[0]).abs().max().float()
+
+
+def fit(folder: Path, name: str, processes: int, learning_rate: float) -> dict[str, Any]:
+    """Trains for two steps, repairs, and says what came of it."""
+    model = Victim(width=8, learning_rate=learning_rate)
+    model.load_state_dict(torch.load(folder / "victim.pt", weights_only=True))
+    unlearn = BackdoorUnlearning(
+        HoldoutDataModule(Digits(part="holdout", size=16), samples_per_class=4, test_dataset=Digits(part="test", size=16)),
+        PatchTrigger(size=3, target=0),
+        METHOD,
+        force=True,
+        output_dir=str(folder / name),
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy=DDPStrategy(start_method="fork", timeout=timedelta(seconds=60)) if processes > 1 else "auto",
+        use_distributed_sampler=False,
+        max_steps=2,
+        limit_val_batches=0,  # so that no validation brings the running statistics together
+        callbacks=[Spread("before"), unlearn, Spread("after")],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(model, DataLoader(Digits(part="train", size=16), batch_size=50))
+    saved = torch.load(next((folder / name).glob("*-unlearned.ckpt")), weights_only=True)
+    return {
+        "files": sorted(path.name for path in (folder / name).iterdir()),
+        "metrics": {name: value.item() for name, value in trainer.callback_metrics.items()},
+        "weights as saved": all(torch.equal(saved["state_dict"][k], v) for k, v in model.state_dict().items()),
+        "mask": {name: bools.tolist() for name, bools in saved["callbacks"][unlearn.state_key]["mask"].items()},
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    results = {
+        "one": fit(folder, "one", processes=1, learning_rate=0.0),
+        "two": fit(folder, "two", processes=2, learning_rate=0.0),
+        "trained": fit(folder, "trained", processes=2, learning_rate=0.01),
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def results(digits_victim, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    torch.save(digits_victim.trained.state_dict(), folder / "victim.pt")
+    environment = {name: value for name, value in os.environ.items() if name not in DISTRIBUTED}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)], env=environment, timeout=180, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "results.json").read_text())
+    for name, result in found.items():
+        result["report"] = json.loads((folder / name / "report.json").read_text())
+    return found
+
+
+def test_two_processes_prune_what_one_does(results):
+    one, two = results["one"]["report"], results["two"]["report"]
+    assert one["filters"]["pruned"] > 0
+    assert two["filters"] == one["filters"]
+    assert two["rounds"] == one["rounds"]
+    assert (two["before"], two["after"], two["measured_on"]) == (one["before"], one["after"], "test")
+    assert results["two"]["mask"] == results["one"]["mask"]
+
+
+@pytest.mark.parametrize("name", ["two", "trained"])
+def test_processes_end_with_the_same_weights(results, name):
+    metrics = results[name]["metrics"]
+    assert metrics["before"] > 1e-3, "the processes did not differ before, so this proves nothing"
+    assert metrics["after"] == 0
+
+
+@pytest.mark.parametrize("name", ["one", "two", "trained"])
+def test_what_outlives_the_processes(results, name):
+    metrics, report = results[name]["metrics"], results[name]["report"]
+    for when in ("before", "after"):
+        for rate in ("acc", "asr", "ra"):
+            assert metrics[f"unlearn/{rate}_{when}"] == pytest.approx(report[when][rate])
+    assert metrics["unlearn/filters_pruned"] == report["filters"]["pruned"]
+    assert results[name]["weights as saved"]
+
+
+@pytest.mark.parametrize("name", ["one", "two", "trained"])
+def test_files_are_written_once(results, name):
+    assert results[name]["files"] == ["model-unlearned.ckpt", "report.json"]
+    assert Path(results[name]["report"]["checkpoint"]).name == "model-unlearned.ckpt"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

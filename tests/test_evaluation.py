@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F  # noqa: N812 - the usual name
+
+from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
+
+
+def identity(images):
+    """Here the images are the logits themselves."""
+    return images
+
+
+def by_hand():
+    # Four classes, target 0. Predictions on clean images: 0 1 2 0, so the last of four is wrong.
+    clean = 10 * F.one_hot(torch.tensor([0, 1, 2, 0]), 4).float()
+    # On triggered images: 0 0 2 1; the first image is of the target class, and counts in neither rate.
+    triggered = 10 * F.one_hot(torch.tensor([0, 0, 2, 1]), 4).float()
+    return Pairs(clean, triggered, torch.tensor([0, 1, 2, 3]), torch.zeros(4, dtype=torch.int64))
+
+
+def test_rates_and_losses_by_hand():
+    found = evaluate(identity, [by_hand()])
+    assert (found.acc, found.asr, found.ra) == (0.75, pytest.approx(1 / 3), pytest.approx(1 / 3))
+    # A right answer costs ln(e^10 + 3) - 10, a wrong one ln(e^10 + 3).
+    right, wrong = math.log(math.exp(10) + 3) - 10, math.log(math.exp(10) + 3)
+    assert found.loss == pytest.approx((3 * right + wrong) / 4)
+    assert found.unlearning_loss == pytest.approx((2 * right + 2 * wrong) / 4)
+    assert found.rates() == {"acc": found.acc, "asr": found.asr, "ra": found.ra}
+    assert all(type(value) is float for value in vars(found).values())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 100])
+def test_an_uneven_last_batch_weighs_as_much_as_its_images(size):
+    whole, parts = evaluate(identity, [by_hand()]), evaluate(identity, by_hand().batches(size))
+    assert vars(parts) == pytest.approx(vars(whole))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 2), min_size=1, max_size=12),
+    cuts=st.sets(st.integers(1, 11), max_size=3),
+    seed=st.integers(0, 100),
+)
+@pytest.mark.filterwarnings("ignore:.*has no image to count")
+def test_any_split_into_batches_gives_the_rates_of_the_whole(labels, cuts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.tensor(labels)
+    clean, triggered = torch.randn(2, len(labels), 3, generator=generator)
+    targets = torch.randint(0, 3, (len(labels),), generator=generator)
+    pairs = Pairs(clean, triggered, labels, targets)
+    edges = [0, *sorted(cut for cut in cuts if cut < len(labels)), len(labels)]
+    found = evaluate(identity, [pairs[slice(*edge)] for edge in pairwise(edges)])
+    counted = labels != targets
+    answers = triggered.argmax(1)
+    expected = Evaluation(
+        acc=(clean.argmax(1) == labels).float().mean().item(),
+        asr=(answers == targets)[counted].float().mean().item(),
+        ra=(answers == labels)[counted].float().mean().item(),
+        loss=F.cross_entropy(clean, labels).item(),
+        unlearning_loss=F.cross_entropy(triggered, labels).item(),
+    )
+    assert vars(found) == pytest.approx(vars(expected), nan_ok=True, rel=1e-5)
+
+
+def test_only_images_of_the_target_class():
+    logits = 10 * torch.eye(3)[[0, 0]]
+    pairs = Pairs(logits, logits, torch.tensor([0, 0]), torch.tensor([0, 0]))
+    with pytest.warns(UserWarning, match="has no image to count"):
+        found = evaluate(identity, [pairs])
+    assert math.isnan(found.asr)
+    assert math.isnan(found.ra)
+    assert (found.acc, found.loss) == (1.0, found.unlearning_loss)
+
+
+def test_each_image_has_its_own_target():
+    logits = 10 * torch.eye(3)
+    pairs = Pairs(logits, logits[[1, 2, 2]], torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0]))  # y -> y + 1
+    found = evaluate(identity, [pairs])
+    assert (found.asr, found.ra) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_diverged_model_does_not_look_good(value):
+    pairs = by_hand()
+    logits = torch.full((4, 4), value)
+    found = evaluate(identity, [pairs, Pairs(logits, logits, pairs.labels, pairs.targets)])
+    assert math.isnan(found.loss)
+    assert math.isnan(found.unlearning_loss)
+    assert found.acc <= 0.5
+
+
+def test_half_precision_is_measured_in_float32():
+    pairs = by_hand()
+    found = evaluate(lambda images: images.half(), [pairs])
+    assert vars(found) == pytest.approx(vars(evaluate(identity, [pairs])))
+
+
+def test_both_halves_go_through_the_model_once_without_gradients():
+    calls = []
+
+    def forward(images):
+        calls.append((len(images), torch.is_grad_enabled()))
+        return images
+
+    evaluate(forward, by_hand().batches(3))
+    assert calls == [(6, False), (2, False)]
+
+
+def test_no_batch():
+    with pytest.raises(ValueError, match="batches: there is nothing to evaluate on"):
+        evaluate(identity, iter([]))
+
+
+@pytest.mark.parametrize(
+    ("output", "got"),
+    [
+        (torch.zeros(3), r"\(3,\)"),
+        (torch.zeros(3, 4, 1), r"\(3, 4, 1\)"),
+        (torch.zeros(2, 4), r"\(2, 4\)"),
+        (torch.zeros(3, 1), r"\(3, 1\)"),
+        (torch.zeros(3, 0), r"\(3, 0\)"),
+        (torch.tensor(1.0), r"\(\)"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4)), "tuple"),
+        ({"logits": torch.zeros(3, 4)}, "dict"),
+        (None, "NoneType"),
+    ],
+)
+def test_outputs_that_are_not_logits(output, got):
+    with pytest.raises(ValueError, match=rf"model: expected logits of shape \(3, classes\).*but got {got}.*`logits`"):
+        logits_of(lambda images: output, torch.zeros(3, 1, 4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_classes_instead_of_logits(dtype):
+    with pytest.raises(ValueError, match=f"model: expected logits, which are floating-point numbers, but got {dtype}"):
+        logits_of(lambda images: torch.zeros(3, 4, dtype=dtype), torch.zeros(3, 1, 4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_logits_come_back_as_float32_with_their_gradient(dtype):
+    images = torch.ones(2, 3, dtype=dtype, requires_grad=True)
+    logits = logits_of(identity, images)
+    assert logits.dtype == torch.float32
+    logits.sum().backward()
+    assert images.grad.tolist() == [[1.0] * 3] * 2
