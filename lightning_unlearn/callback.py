@@ -225,7 +225,7 @@ class BackdoorUnlearning(Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the Trainer's initialisation
             report = self._save(trainer, report, stem)
         self.report = report
-        rank_zero_info(f"\n{report}\n")
+        rank_zero_info(f"Backdoor unlearning: {report.headline()}")
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

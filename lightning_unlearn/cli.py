@@ -55,9 +55,10 @@ class _RepairJob(L.LightningModule):
     def predict_dataloader(self) -> DataLoader[int]:
         return DataLoader([0])  # type: ignore[arg-type]  # one item a process: one repair
 
-    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         if self.report is None:
             self.report = self._unlearning.unlearn(self.trainer, self.model)
+        return batch  # Lightning warns about a prediction of nothing
 
 
 def main(args: Sequence[str] | None = None) -> Report | None:
@@ -91,7 +92,8 @@ def fit(args: Sequence[str]) -> Report | None:
             args=["fit", *args],
             # Else a DataModule nested in the callback silently gets the training DataModule's hyper-parameters.
             load_from_checkpoint_support=False,
-            save_config_kwargs={"overwrite": True},
+            # LightningCLI's own name, config.yaml, may be the user's own file where there is no logger.
+            save_config_kwargs={"config_filename": "config-as-run.yaml", "overwrite": True},
         )
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]  # set by the Trainer's connector
     reports = [c.report for c in callbacks if isinstance(c, BackdoorUnlearning)]
@@ -115,7 +117,14 @@ def repair(args: Sequence[str]) -> Report | None:
             trainer_defaults={"enable_checkpointing": False, "enable_model_summary": False, "inference_mode": False},
         )
     checkpoint = load_checkpoint(cli.config["ckpt_path"])
-    cli.model.load_state_dict(checkpoint["state_dict"])
+    try:
+        cli.model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        problem = str(error).splitlines()[-1].strip()  # one of many, most often
+        raise ValueError(
+            f"ckpt_path: {cli.config['ckpt_path']!r} does not fit {type(cli.model).__name__} as the configuration makes "
+            f"it; give `model` the arguments that it was trained with. ({problem})"
+        ) from error
     job = _RepairJob(cli.model, cli.config_init["unlearning"])
     cli.trainer.predict(job, return_predictions=False)
     report = job.report

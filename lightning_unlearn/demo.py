@@ -12,11 +12,14 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from lightning_unlearn import methods
+from lightning_unlearn import methods, triggers
 from lightning_unlearn.cli import fit
+from lightning_unlearn.data import Digits
 from lightning_unlearn.files import refuse_used_folder
 from lightning_unlearn.methods import MaskPrune, RepairMethod
+from lightning_unlearn.plots import plot_report
 from lightning_unlearn.report import Report
+from lightning_unlearn.triggers import Trigger, preview
 
 __all__ = ["ATTACKS", "configs", "main"]
 
@@ -78,12 +81,21 @@ def main(args: Sequence[str]) -> Report:
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         report = fit([f"--config={folder / 'config.yaml'}"])
     assert report is not None  # the configuration has the callback
+    plot_report(report, folder / "report.png")
+    preview(_trigger(options.attack), Digits(part="test").images, folder / "trigger.png")
     console.print(report)
     console.print(f"Everything is in {folder}:", soft_wrap=True)
     for path in sorted(folder.iterdir()):
         console.print(f"  {path.name}", soft_wrap=True)
     console.print(f"Look at it: tensorboard --logdir {folder}", soft_wrap=True)
     return report
+
+
+def _trigger(attack: str) -> Trigger:
+    """The attack's trigger as an object, from the words that the YAML has for it."""
+    name = ATTACKS[attack]["class_path"].rpartition(".")[2]
+    trigger: Trigger = getattr(triggers, name)(**ATTACKS[attack]["init_args"])
+    return trigger
 
 
 def configs(

@@ -10,10 +10,14 @@ __all__ = ["run"]
 def run() -> None:
     """Run ``lightning-unlearn`` and leave with an exit code: 0 for success, 1 for an error that the user can mend."""
     try:
+        # Not all that is missing is missed on import: Lightning asks for jsonargparse when its CLI is used.
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
         from lightning_unlearn.cli import main
-    except ModuleNotFoundError as error:
+
+        try:
+            main()
+        except (ValueError, TypeError, OSError, MisconfigurationException) as error:
+            sys.exit(f"lightning-unlearn: {' '.join(str(error).split())}")  # torch's messages have many lines
+    except ImportError as error:
         sys.exit(f"lightning-unlearn: {error}. The command line needs an extra: pip install 'lightning-unlearn[demo]'")
-    try:
-        main()
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"lightning-unlearn: {error}")

@@ -19,7 +19,7 @@ def free_path(path: Path) -> Path:
         'not-there.ckpt'
     """
     number, free = 0, path
-    while free.exists():
+    while os.path.lexists(free):  # a broken link is in the way too
         number += 1
         free = path.with_name(f"{path.stem}-v{number}{path.suffix}")
     return free

@@ -147,6 +147,11 @@ class Report:
         pruned, total = self.filters["pruned"], self.filters["total"]
         return f"{self.method} pruned {pruned} of {total} filters in {self.seconds['total']:.1f} s."
 
+    def headline(self) -> str:
+        """The rates before and after, and what happened, in one line."""
+        rates = ", ".join(f"{label} {self.before[key]:.3f} → {self.after[key]:.3f}" for label, key in _ROWS)
+        return f"{rates} ({self.measured_on} data). {self.summary()}"
+
     def __str__(self) -> str:
         """The rates before and after as a Markdown table, with a sentence."""
         lines = [f"| {self.measured_on} data | before | after |", "| --- | --- | --- |"]

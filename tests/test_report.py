@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import lightning_unlearn
+from lightning_unlearn.evaluation import Evaluation
+from lightning_unlearn.filters import FilterMask, find_filters
+from lightning_unlearn.methods import GradPrune, Round
+from lightning_unlearn.repair import RepairResult, repair
+from lightning_unlearn.report import Report
+from lightning_unlearn.triggers import BlendTrigger, PatchTrigger
+
+BEFORE = Evaluation(acc=0.9, asr=1.0, ra=0.0, loss=0.3, unlearning_loss=5.0)
+AFTER = Evaluation(acc=0.8, asr=0.1, ra=0.7, loss=0.4, unlearning_loss=0.5)
+ROUNDS = (
+    Round(1, "prune", (("0", 2), ("2", 0)), 0.8, 0.1, 0.7, 0.4, 0.5),
+    Round(2, "finetune", (), 0.8, 0.2, 0.6, 0.5, math.inf),
+)
+SECONDS = {"score": 0.5, "evaluate": 0.25, "finetune": 0.0, "total": 1.26}
+
+
+@pytest.fixture
+def result():
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(32, 4)).eval()
+    mask = FilterMask(find_filters(net, torch.rand(1, 1, 8, 8)))
+    mask.prune([("2", 0), ("0", 2), ("0", 1)])
+    return RepairResult("GradPrune", "repaired", BEFORE, AFTER, ROUNDS, mask, scoring=None, seconds=SECONDS)
+
+
+@pytest.fixture
+def report(result):
+    return Report.of(result, PatchTrigger(target=3), samples_per_class=10, seed=7, checkpoint=Path("some") / "m.ckpt")
+
+
+def test_the_schema(report):
+    assert report.to_dict() == {
+        "schema_version": 1,
+        "method": "GradPrune",
+        "trigger": "PatchTrigger",
+        "target": 3,
+        "samples_per_class": 10,
+        "seed": 7,
+        "status": "repaired",
+        "measured_on": "validation",
+        "before": {"acc": 0.9, "asr": 1.0, "ra": 0.0},
+        "after": {"acc": 0.8, "asr": 0.1, "ra": 0.7},
+        "der": pytest.approx(0.9),  # (0.9 - 0.1 + 1) / 2
+        "rir": pytest.approx(0.8),  # (0.7 - 0.1 + 1) / 2
+        "filters": {"total": 5, "pruned": 3, "by_layer": {"0": [1, 2], "2": [0]}},
+        "rounds": [
+            {
+                "round": 1,
+                "stage": "prune",
+                "pruned": [["0", 2], ["2", 0]],
+                "val_acc": 0.8,
+                "val_asr": 0.1,
+                "val_ra": 0.7,
+                "val_loss": 0.4,
+                "val_unlearning_loss": 0.5,
+            },
+            {
+                "round": 2,
+                "stage": "finetune",
+                "pruned": [],
+                "val_acc": 0.8,
+                "val_asr": 0.2,
+                "val_ra": 0.6,
+                "val_loss": 0.5,
+                "val_unlearning_loss": None,
+            },
+        ],
+        "seconds": {"score": 0.5, "evaluate": 0.25, "finetune": 0.0, "total": 1.26},
+        "checkpoint": os.path.join("some", "m.ckpt"),
+        "versions": {
+            "lightning_unlearn": lightning_unlearn.__version__,
+            "torch": torch.__version__.split("+")[0],
+            "lightning": report.versions["lightning"],
+        },
+    }
+    assert next(iter(report.to_dict())) == "schema_version"
+
+
+def test_versions_are_those_installed(report):
+    import lightning
+
+    assert report.versions["lightning"] == lightning.__version__
+    assert report.versions["torch"] == torch.__version__.split("+")[0]
+
+
+def test_saved_and_read_again(report, tmp_path):
+    path = report.save(tmp_path / "new" / "report.json")
+    assert path == tmp_path / "new" / "report.json"
+    text = path.read_text(encoding="utf-8")
+    assert json.loads(text) == json.loads(json.dumps(report.to_dict())) == report.to_dict()
+    assert text.endswith("}\n")
+    assert os.listdir(path.parent) == ["report.json"]
+
+
+def test_numbers_that_json_has_no_word_for_are_null(result, tmp_path):
+    nothing = Evaluation(acc=1.0, asr=math.nan, ra=math.nan, loss=0.1, unlearning_loss=-math.inf)
+    result = dataclasses.replace(result, before=nothing, after=nothing)
+    report = Report.of(result, PatchTrigger(), samples_per_class=2, seed=0)
+    assert math.isnan(report.der)
+    text = report.save(tmp_path / "report.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    read = json.loads(text)
+    assert read["before"] == read["after"] == {"acc": 1.0, "asr": None, "ra": None}
+    assert (read["der"], read["rir"]) == (None, None)
+    assert read["rounds"][1]["val_unlearning_loss"] is None
+    assert "nan" in str(report)
+
+
+def test_test_data_counts_if_there_is_any(result):
+    before = Evaluation(acc=1.0, asr=0.9, ra=0.1, loss=0.0, unlearning_loss=9.0)
+    after = Evaluation(acc=1.0, asr=0.4, ra=0.4, loss=0.0, unlearning_loss=1.0)
+    report = Report.of(result, PatchTrigger(), samples_per_class=None, seed=0, test=(before, after))
+    assert report.measured_on == "test"
+    assert (report.before, report.after) == (before.rates(), after.rates())
+    assert report.der == pytest.approx(0.75)
+    assert report.rir == pytest.approx(0.65)
+    assert report.samples_per_class is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "der", "rir"),
+    [
+        # (acc, asr, ra) before and after
+        ((1.0, 1.0, 0.0), (1.0, 0.0, 1.0), 1.0, 1.0),
+        ((0.9, 1.0, 0.0), (0.9, 1.0, 0.0), 0.5, 0.5),
+        ((0.5, 0.2, 0.4), (0.9, 0.6, 0.3), 0.5, 0.5),  # a better ACC gains nothing, a worse ASR or RA costs nothing
+        ((1.0, 0.0, 0.0), (0.0, 0.0, 0.0), 0.0, 0.0),
+        ((0.9, 0.8, 0.1), (0.7, 0.3, 0.5), 0.65, 0.6),
+    ],
+)
+def test_der_and_rir_by_hand(result, before, after, der, rir):
+    def evaluation(acc, asr, ra):
+        return Evaluation(acc=acc, asr=asr, ra=ra, loss=0.0, unlearning_loss=0.0)
+
+    test = (evaluation(*before), evaluation(*after))
+    report = Report.of(result, PatchTrigger(), samples_per_class=10, seed=0, test=test)
+    assert report.der == pytest.approx(der)
+    assert report.rir == pytest.approx(rir)
+
+
+def test_the_trigger_is_named(result):
+    report = Report.of(result, BlendTrigger(target="all_to_all"), samples_per_class=10, seed=0)
+    assert (report.trigger, report.target) == ("BlendTrigger", "all_to_all")
+    assert json.loads(json.dumps(report.to_dict()))["target"] == "all_to_all"
+    assert report.checkpoint is None
+    assert json.loads(json.dumps(report.to_dict()))["checkpoint"] is None
+
+
+def test_saved_as_fills_the_checkpoint_in(report, tmp_path):
+    other = report.saved_as(tmp_path / "x.ckpt")
+    assert other.checkpoint == str(tmp_path / "x.ckpt")
+    assert dataclasses.replace(other, checkpoint=report.checkpoint) == report
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.checkpoint = "other"
+
+
+def test_as_markdown(report):
+    assert str(report).splitlines() == [
+        "| validation data | before | after |",
+        "| --- | --- | --- |",
+        "| ACC ↑ | 0.900 | 0.800 |",
+        "| ASR ↓ | 1.000 | 0.100 |",
+        "| RA ↑ | 0.000 | 0.700 |",
+        "| DER ↑ | | 0.900 |",
+        "",
+        "GradPrune pruned 3 of 5 filters in 1.3 s.",
+    ]
+
+
+def shown(report):
+    console = Console(file=io.StringIO(), width=120)
+    console.print(report)
+    return console.file.getvalue()
+
+
+def test_as_table(report):
+    text = shown(report)
+    cells = {
+        tuple(cell.strip() for cell in line.strip("│┃ ").replace("┃", "│").split("│")) for line in text.splitlines()
+    }
+    assert {
+        ("validation data", "before", "after"),
+        ("ACC ↑", "0.900", "0.800"),
+        ("ASR ↓", "1.000", "0.100"),
+        ("RA ↑", "0.000", "0.700"),
+        ("DER ↑", "", "0.900"),
+        ("filters pruned", "", "3 of 5"),
+    } <= cells
+    words = " ".join(text.split())
+    assert "GradPrune · PatchTrigger · target 3 · 10 clean images per class" in words
+
+
+@pytest.mark.parametrize(
+    ("status", "match"),
+    [
+        ("not backdoored", "Left alone: the trigger's ASR on the clean images is already low (PatchTrigger)"),
+        ("not improved", "Left as it was: GradPrune found nothing better than the original model."),
+    ],
+)
+def test_it_says_when_nothing_was_done(result, status, match):
+    report = Report.of(dataclasses.replace(result, status=status), PatchTrigger(), samples_per_class=10, seed=0)
+    assert match in report.summary()
+    assert match in str(report)
+    assert report.to_dict()["status"] == status
+
+
+@pytest.mark.parametrize(("mask", "wanted"), [(0o022, 0o644), (0o077, 0o600)])
+def test_the_umask_is_honoured(report, tmp_path, mask, wanted):
+    before = os.umask(mask)
+    try:
+        path = report.save(tmp_path / "report.json")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == wanted
+
+
+def test_an_old_report_survives_a_failure(report, tmp_path, monkeypatch):
+    path = report.save(tmp_path / "report.json")
+    old = path.read_text()
+
+    def fail(self, text, encoding):
+        self.write_bytes(b"{")
+        raise OSError("disk is full")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="disk is full"):
+        report.save(path)
+    assert path.read_text() == old
+    assert os.listdir(tmp_path) == ["report.json"]
+
+
+def test_of_a_real_repair(hand_victim, tmp_path):
+    method = GradPrune(finetune=False)
+    done = repair(hand_victim.net, hand_victim.clean, trigger=hand_victim.trigger, method=method, seed=3)
+    report = Report.of(done, hand_victim.trigger, samples_per_class=10, seed=3)
+    read = json.loads(report.save(tmp_path / "report.json").read_text())
+    assert read["before"] == {"acc": 1.0, "asr": 1.0, "ra": 0.0}
+    assert read["after"] == {"acc": 1.0, "asr": 0.0, "ra": 1.0}
+    assert (read["der"], read["rir"]) == (1.0, 1.0)
+    assert read["filters"] == {"total": 4, "pruned": 1, "by_layer": {"0": [3]}}
+    assert read["rounds"][0]["pruned"] == [["0", 3]]
+    assert list(read["seconds"]) == ["score", "evaluate", "finetune", "total"]
