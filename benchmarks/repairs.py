@@ -43,7 +43,7 @@ VICTIMS: dict[str, list[Victim]] = {
     ],
     "cifar10": [
         Victim("cifar10", "preact_resnet18", attack, epochs=12, images=20_000)
-        for attack in ("badnets", "blended", "sig", "wanet", "lf")
+        for attack in ("badnets", "blended", "sig", "wanet")
     ],
 }
 _PACKAGES = ("lightning-unlearn", "torch", "torchvision")

@@ -122,8 +122,8 @@ def repair(args: Sequence[str]) -> Report | None:
     except RuntimeError as error:
         problem = str(error).splitlines()[-1].strip()  # one of many, most often
         raise ValueError(
-            f"ckpt_path: {cli.config['ckpt_path']!r} does not fit {type(cli.model).__name__} as the configuration makes "
-            f"it; give `model` the arguments that it was trained with. ({problem})"
+            f"ckpt_path: {cli.config['ckpt_path']!r} does not fit {type(cli.model).__name__} as the configuration "
+            f"makes it; give `model` the arguments that it was trained with. ({problem})"
         ) from error
     job = _RepairJob(cli.model, cli.config_init["unlearning"])
     cli.trainer.predict(job, return_predictions=False)

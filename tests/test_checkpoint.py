@@ -49,10 +49,12 @@ def test_a_checkpoint_is_loaded(tmp_path):
         assert torch.equal(loaded["state_dict"]["net.weight"], saved["state_dict"]["net.weight"])
 
 
+def bare_pickle(content, path):
+    path.write_bytes(pickle.dumps(content, protocol=2))
+
+
 @pytest.mark.parametrize("where", ["hyper_parameters", "state_dict", "callbacks"])
-@pytest.mark.parametrize(
-    "save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2))]
-)
+@pytest.mark.parametrize("save", [torch.save, bare_pickle])
 def test_objects_that_run_code_are_refused_and_do_not_run(tmp_path, save, where):
     path, content = tmp_path / "evil.ckpt", checkpoint()
     content[where]["payload"] = Bomb(tmp_path / "boom")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import stat
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -84,18 +85,11 @@ def test_the_schema(report):
         "checkpoint": os.path.join("some", "m.ckpt"),
         "versions": {
             "lightning_unlearn": lightning_unlearn.__version__,
-            "torch": torch.__version__.split("+")[0],
-            "lightning": report.versions["lightning"],
+            "torch": version("torch"),
+            "lightning": version("lightning"),
         },
     }
     assert next(iter(report.to_dict())) == "schema_version"
-
-
-def test_versions_are_those_installed(report):
-    import lightning
-
-    assert report.versions["lightning"] == lightning.__version__
-    assert report.versions["torch"] == torch.__version__.split("+")[0]
 
 
 def test_saved_and_read_again(report, tmp_path):
@@ -191,9 +185,8 @@ def shown(report):
 
 def test_as_table(report):
     text = shown(report)
-    cells = {
-        tuple(cell.strip() for cell in line.strip("│┃ ").replace("┃", "│").split("│")) for line in text.splitlines()
-    }
+    lines = [line.replace("┃", "│").strip("│ ").split("│") for line in text.splitlines()]
+    cells = {tuple(cell.strip() for cell in line) for line in lines}
     assert {
         ("validation data", "before", "after"),
         ("ACC ↑", "0.900", "0.800"),

@@ -17,11 +17,13 @@ from lightning_unlearn.data.poisoned import PoisonedDataset
 if TYPE_CHECKING:
     from lightning_unlearn.data.digits_datamodule import DigitsDataModule
     from lightning_unlearn.data.holdout_datamodule import HoldoutDataModule
+    from lightning_unlearn.data.part import DataModulePart
     from lightning_unlearn.data.poisoned_datamodule import PoisonedDataModule
     from lightning_unlearn.data.vision import CIFAR10DataModule, FashionMNISTDataModule, GTSRBDataModule
 
 __all__ = [
     "CIFAR10DataModule",
+    "DataModulePart",
     "Digits",
     "DigitsDataModule",
     "FashionMNISTDataModule",
@@ -39,6 +41,7 @@ __all__ = [
 
 _MODULE_OF = {
     "CIFAR10DataModule": "vision",
+    "DataModulePart": "part",
     "DigitsDataModule": "digits_datamodule",
     "FashionMNISTDataModule": "vision",
     "GTSRBDataModule": "vision",

@@ -234,12 +234,12 @@ def test_no_epochs(task):
     assert len(epochs_of(task, FineTuning(max_epochs=0))) == 1
 
 
-@pytest.mark.parametrize("learning_rate", [1.0, 100.0, 1e10, 1e38])
+@pytest.mark.parametrize("learning_rate", [1.0, 1e4, 1e38])
 @pytest.mark.parametrize("triggered", [False, True])
 @pytest.mark.parametrize("name", NETS)
 def test_a_huge_learning_rate_makes_nothing_worse(make_net, make_clean, make_task, name, triggered, learning_rate):
     task = make_task(make_net(name), make_clean(8), PatchTrigger(target=1), validation=2)
-    method = FineTuning(triggered=triggered, learning_rate=learning_rate, max_epochs=5, patience=5, accuracy_drop=0.1)
+    method = FineTuning(triggered=triggered, learning_rate=learning_rate, max_epochs=3, accuracy_drop=0.1)
     rounds = list(method.repair(task))
     after = evaluate(task.model, [task.validation])
     loss, loss_before = (e.loss + e.unlearning_loss * triggered for e in (after, task.before))

@@ -113,7 +113,7 @@ def test_the_first_step_follows_the_gradient(new_task, name, teacher):
     assert set(task.mask.pruned) & clear == wanted
 
 
-@pytest.mark.parametrize("learning_rate", [0.05, 0.5, 5.0])
+@pytest.mark.parametrize("learning_rate", [0.05, 5.0])
 @pytest.mark.parametrize("teacher", ["victim", "labels"])
 @pytest.mark.parametrize("name", NETS)
 def test_masks_stay_between_0_and_1(new_task, name, teacher, learning_rate):
@@ -170,7 +170,7 @@ def test_soft(new_task, name):
 
 
 @pytest.mark.parametrize("slack", [0.0, 0.05, 1e9])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", ["preact", "plain"])
 def test_mixed(new_task, name, slack):
     # 1e9: the loss may rise as it likes, so that all that was turned down at all goes.
     soft, mixed = new_task(name), new_task(name)
@@ -257,7 +257,7 @@ def test_a_known_backdoor_goes(hand_victim, make_task, cut):
 
 @pytest.mark.parametrize("accuracy_drop", [0.001, 0.05, 0.3])
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("name", ["vgg", "plain"])
+@pytest.mark.parametrize("name", ["vgg"])
 def test_accuracy_does_not_fall_by_more_than_alpha(new_task, name, cut, accuracy_drop):
     task = new_task(name)
     with torch.no_grad():  # what the net says is true, so that there is an accuracy to lose
@@ -357,7 +357,7 @@ def test_an_exception_anywhere_displaces_nothing(new_task, name):
         parameters = list(task.model.parameters())
         task.forward = forward
         try:
-            list(learn(steps=3, validate_every=2).repair(task))
+            list(learn(cut="soft", steps=2, validate_every=2).repair(task))
             finished = True
         except KeyboardInterrupt:
             limit += 1
