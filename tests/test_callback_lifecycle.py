@@ -18,8 +18,11 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 from torch.utils.data import DataLoader, Subset
 
 from lightning_unlearn import BackdoorUnlearning
-from lightning_unlearn.methods import FineTuning, GradPrune
+from lightning_unlearn.methods import FineTuning, GradPrune, RepairMethod
 from lightning_unlearn.triggers import BlendTrigger, FunctionTrigger, PatchTrigger
+
+# Several fits of a test share a folder.
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 NEVER_RAN = r"BackdoorUnlearning never ran.*NOT repaired.*`lightning-unlearn repair --ckpt_path`"
 
@@ -61,7 +64,9 @@ class Setting:
 
     def callback(self, **options: Any) -> BackdoorUnlearning:
         method = GradPrune(max_rounds=1, finetune=False)
-        return BackdoorUnlearning(**{"clean_data": self.clean, "trigger": self.victim.trigger, "method": method} | options)
+        return BackdoorUnlearning(
+            **{"clean_data": self.clean, "trigger": self.victim.trigger, "method": method} | options
+        )
 
     def model(self, learning_rate: float = 0.0) -> Model:
         self.victim.net.load_state_dict(self.original)
@@ -142,7 +147,9 @@ def test_warns_if_a_finished_run_is_resumed(setting):
     trainer.fit(setting.model(), setting.loader())
     again = setting.callback()
     with pytest.warns(UserWarning, match=NEVER_RAN):
-        setting.trainer(again).fit(setting.model(), setting.loader(), ckpt_path=trainer.checkpoint_callback.best_model_path)
+        setting.trainer(again).fit(
+            setting.model(), setting.loader(), ckpt_path=trainer.checkpoint_callback.best_model_path
+        )
     assert again.report is None
 
 
@@ -281,27 +288,41 @@ def test_state_of_another_network(setting):
     state["state_dict"] = Model(other).state_dict()
     for optimizer in state["optimizer_states"]:
         optimizer["state"] = {}
-    torch.save(state, setting.folder / "other.ckpt")
+    path = setting.folder / "other.ckpt"
+    torch.save(state, path)
     with pytest.raises(ValueError, match=r"state: it masks layers \{'net.0': 4\}, but the model has \{'net.0': 2\}"):
-        setting.trainer(callback, max_epochs=2).fit(Model(other), setting.loader(), ckpt_path=setting.folder / "other.ckpt")
+        setting.trainer(callback, max_epochs=2).fit(
+            Model(other), setting.loader(), ckpt_path=setting.folder / "other.ckpt"
+        )
 
 
 # Several callbacks
 
 
+class Shifts(RepairMethod):
+    """Adds one to all logits, which changes no answer."""
+
+    def repair(self, task):
+        with torch.no_grad():
+            task.model.net[3].bias += 1
+        yield task.round("prune", task.validate())
+
+
 def test_two_callbacks_for_two_triggers(setting):
-    second = BlendTrigger(ratio=0.5, target=1)
-    callbacks = [setting.callback(), setting.callback(trigger=second, force=True)]
+    second = setting.callback(trigger=BlendTrigger(ratio=0.5, target=1), method=Shifts(), force=True)
+    callbacks = [setting.callback(), second]
     model = setting.model()
-    setting.trainer(*callbacks).fit(model, setting.loader())
-    first, other = (callback.report for callback in callbacks)
-    assert (first.trigger, first.target, other.trigger, other.target) == ("PatchTrigger", 0, "BlendTrigger", 1)
-    assert first.checkpoint != other.checkpoint
-    assert len([name for name in setting.files() if name.endswith("unlearned.ckpt") or "-unlearned-v" in name]) >= 1
-    assert {"report.json", "report-v1.json"} <= set(setting.files())
-    state = torch.load(first.checkpoint, weights_only=True)["callbacks"]
-    assert callbacks[0].state_key in state
+    setting.trainer(*callbacks, enable_checkpointing=False).fit(model, setting.loader())
+    assert [callback.report.trigger for callback in callbacks] == ["PatchTrigger", "BlendTrigger"]
+    assert [callback.report.method for callback in callbacks] == ["GradPrune", "Shifts"]
+    assert setting.files() == ["model-unlearned-v1.ckpt", "model-unlearned.ckpt", "report-v1.json", "report.json"]
+    # The second repairs what the first has left, and its checkpoint holds the states of both.
     assert backdoor_is_gone(model)
+    states = torch.load(setting.folder / "model-unlearned-v1.ckpt", weights_only=True)["callbacks"]
+    assert [states[callback.state_key]["report"]["trigger"] for callback in callbacks] == [
+        "PatchTrigger",
+        "BlendTrigger",
+    ]
 
 
 @pytest.mark.parametrize("target", [1, "all_to_all"])

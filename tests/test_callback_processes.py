@@ -25,7 +25,11 @@ from lightning_unlearn.triggers import PatchTrigger
 
 DISTRIBUTED = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 METHOD = GradPrune(
-    score="taylor", filters_per_round=2, max_rounds=4, accuracy_drop=0.3, finetune=FineTuning(triggered=True, max_epochs=1)
+    score="taylor",
+    filters_per_round=2,
+    max_rounds=4,
+    accuracy_drop=0.3,
+    finetune=FineTuning(triggered=True, max_epochs=1),
 )
 
 
@@ -58,7 +62,9 @@ def fit(folder: Path, name: str, processes: int, learning_rate: float) -> dict[s
     model = Victim(width=8, learning_rate=learning_rate)
     model.load_state_dict(torch.load(folder / "victim.pt", weights_only=True))
     unlearn = BackdoorUnlearning(
-        HoldoutDataModule(Digits(part="holdout", size=16), samples_per_class=4, test_dataset=Digits(part="test", size=16)),
+        HoldoutDataModule(
+            Digits(part="holdout", size=16), samples_per_class=4, test_dataset=Digits(part="test", size=16)
+        ),
         PatchTrigger(size=3, target=0),
         METHOD,
         force=True,

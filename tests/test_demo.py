@@ -9,13 +9,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import lightning_unlearn
 import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import lightning_unlearn
 from lightning_unlearn import Report, demo, methods
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.cli import main
@@ -23,8 +24,8 @@ from lightning_unlearn.methods import RepairMethod
 from lightning_unlearn.triggers import Trigger
 
 SCHEMA = {
-    "schema_version", "method", "trigger", "target", "samples_per_class", "seed", "before", "after", "der", "rir", "filters",
-    "rounds", "seconds", "checkpoint", "versions", "status", "measured_on",
+    "schema_version", "method", "trigger", "target", "samples_per_class", "seed", "before", "after", "der", "rir",
+    "filters", "rounds", "seconds", "checkpoint", "versions", "status", "measured_on",
 }  # fmt: skip
 ROUND = {"round", "stage", "pruned", "val_acc", "val_asr", "val_ra", "val_loss", "val_unlearning_loss"}
 
@@ -73,10 +74,18 @@ def test_victim_is_repaired(demo_run):
 def test_what_it_writes(demo_run):
     names = {path.name for path in demo_run.folder.iterdir()}
     assert names == {
-        "config.yaml", "repair.yaml", "original.ckpt", "original-unlearned.ckpt", "report.json", "tensorboard"
+        "config.yaml", "repair.yaml", "original.ckpt", "original-unlearned.ckpt", "report.json", "report.png",
+        "tensorboard", "trigger.png",
     }  # fmt: skip
     assert names <= set(demo_run.printed.split())
     assert demo_run.report.checkpoint == str(demo_run.folder / "original-unlearned.ckpt")
+
+
+@pytest.mark.parametrize("name", ["report.png", "trigger.png"])
+def test_pictures(demo_run, name):
+    with Image.open(demo_run.folder / name) as picture:
+        assert min(picture.size) > 100
+        assert len(picture.convert("L").getcolors()) > 2
 
 
 def test_what_it_prints(demo_run):
@@ -157,6 +166,7 @@ def test_repair_from_its_folder_is_the_same_repair(demo_run, tmp_path):
     assert {path for path in demo_run.folder.iterdir() if path.is_file()} == set(before)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_its_configuration_fits_again(demo_run, tmp_path):
     """With a short training; the barely trained victim need not be backdoored."""
     text = (demo_run.folder / "config.yaml").read_text().replace(str(demo_run.folder), str(tmp_path / "again"))
@@ -173,14 +183,14 @@ def test_its_configuration_fits_again(demo_run, tmp_path):
 # Options
 
 
-class Stop(Exception):
+class StopHereError(Exception):
     """Raised where training would begin."""
 
 
 @pytest.fixture
 def no_training(monkeypatch, tmp_path):
     def fit(args):
-        raise Stop
+        raise StopHereError
 
     monkeypatch.setattr(demo, "fit", fit)
     monkeypatch.chdir(tmp_path)
@@ -205,14 +215,14 @@ def configured(folder: Path) -> tuple[dict, dict]:
     ],
 )
 def test_both_spellings(no_training, words):
-    with pytest.raises(Stop):
+    with pytest.raises(StopHereError):
         main(["demo", *words])
     _, callback = configured(Path("new"))
     assert callback["clean_data"]["init_args"]["samples_per_class"] == 4
 
 
 def test_defaults(no_training):
-    with pytest.raises(Stop):
+    with pytest.raises(StopHereError):
         main(["demo"])
     (folder,) = no_training.iterdir()
     assert re.fullmatch(r"unlearn-demo-\d{8}-\d{6}", folder.name)
@@ -223,7 +233,7 @@ def test_defaults(no_training):
 
 
 def test_seed_and_accelerator(no_training):
-    with pytest.raises(Stop):
+    with pytest.raises(StopHereError):
         main(["demo", "--output-dir", "new", "--seed", "7", "--accelerator", "auto"])
     training, callback = configured(Path("new"))
     assert training["seed_everything"] == training["data"]["init_args"]["seed"] == 7
@@ -239,7 +249,7 @@ def instantiated(kind: type, config: dict) -> object:
 
 @pytest.mark.parametrize("attack", ["patch", "blend", "sinusoid", "warp", "low_frequency"])
 def test_attacks(no_training, attack):
-    with pytest.raises(Stop):
+    with pytest.raises(StopHereError):
         main(["demo", "--output-dir", "new", "--attack", attack])
     _, callback = configured(Path("new"))
     trigger = instantiated(Trigger, callback["trigger"])
@@ -251,7 +261,7 @@ def test_attacks(no_training, attack):
 @pytest.mark.parametrize("method", ["GradPrune", "MaskPrune", "FineTuning"])
 def test_methods(no_training, method):
     assert set(demo.METHODS) == {name for name in methods.__all__ if name in demo.METHODS}
-    with pytest.raises(Stop):
+    with pytest.raises(StopHereError):
         main(["demo", "--output-dir", "new", "--method", method])
     _, callback = configured(Path("new"))
     assert instantiated(RepairMethod, callback["method"]).name == method
@@ -264,7 +274,10 @@ def test_methods(no_training, method):
         (["--samples-per-class", "21"], r"--samples-per-class: expected 2 to 20, .* but got 21"),
         (["--samples-per-class", "0"], r"but got 0"),
         (["--samples-per-class", "-3"], r"but got -3"),
-        (["--samples-per-class", "many"], r"argument --samples_per_class/--samples-per-class: invalid int value: 'many'"),
+        (
+            ["--samples-per-class", "many"],
+            r"argument .*--samples-per-class: invalid int value: 'many'",
+        ),
         (["--attack", "telepathy"], r"argument --attack: invalid choice: 'telepathy'"),
         (["--method", "RepairMethod"], r"argument --method: invalid choice: 'RepairMethod'"),
         (["--method", "Pruning"], r"argument --method: invalid choice: 'Pruning'"),
@@ -299,6 +312,6 @@ def test_a_file_is_no_folder(no_training):
 
 def test_empty_folder_is_used(no_training):
     (no_training / "empty").mkdir()
-    with pytest.raises(Stop):
+    with pytest.raises(StopHereError):
         main(["demo", "--output-dir", "empty"])
     assert (no_training / "empty" / "config.yaml").is_file()

@@ -63,7 +63,7 @@ def test_fit_digits(here):
     done = main(["fit", f"--config={EXAMPLES / 'fit_digits.yaml'}", *SHORT, *callback(*QUICK_MASKS)])
     assert (done.method, done.trigger, done.measured_on) == ("MaskPrune", "PatchTrigger", "test")
     assert [each.stage for each in done.rounds] == ["learn", "prune"]
-    assert report("runs/fit_digits") == done.to_dict()
+    assert report("runs/fit_digits/checkpoints") == done.to_dict()
     assert {path.name for path in here.iterdir()} == {"runs"}
     assert list(Path("runs/fit_digits/tensorboard").rglob("events*"))
 
@@ -76,28 +76,29 @@ def test_grad_prune_taylor():
     assert [len(each.pruned) for each in done.rounds if each.stage == "prune"] == [2, 2]
     assert [each.stage for each in done.rounds][-1] == "finetune"
     assert report("runs/grad_prune_taylor/unlearned") == done.to_dict()
-    assert Path("runs/grad_prune_taylor/epoch=0.ckpt").is_file()
+    assert Path("runs/grad_prune_taylor/checkpoints/epoch=0.ckpt").is_file()
     assert "unlearn/asr_after" in Path("runs/grad_prune_taylor/csv/version_0/metrics.csv").read_text()
 
 
 def test_repair_digits():
-    saver = ModelCheckpoint("runs/fit_digits", filename="original")
+    saver = ModelCheckpoint("runs/fit_digits/checkpoints", filename="original")
     trainer = L.Trainer(
-        callbacks=[saver], max_steps=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        limit_val_batches=0,
+        callbacks=[saver], max_steps=1, limit_val_batches=0, accelerator="cpu", logger=False,
+        enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(ConvClassifier(**config("fit_digits.yaml")["model"]["init_args"]), DataLoader(Digits(), batch_size=50))
-    original = Path("runs/fit_digits/original.ckpt").read_bytes()
+    path = Path("runs/fit_digits/checkpoints/original.ckpt")
+    original = path.read_bytes()
     done = main(
         [
-            "repair", f"--config={EXAMPLES / 'repair_digits.yaml'}", "--ckpt_path=runs/fit_digits/original.ckpt",
+            "repair", f"--config={EXAMPLES / 'repair_digits.yaml'}", f"--ckpt_path={path}",
             "--output-dir=runs/repair_digits", "--unlearning.force=true",
             *(f"--unlearning.{override}" for override in QUICK_MASKS),
         ]
     )  # fmt: skip
     assert (done.method, done.measured_on) == ("MaskPrune", "test")
     assert report("runs/repair_digits") == done.to_dict()
-    assert Path("runs/fit_digits/original.ckpt").read_bytes() == original
+    assert path.read_bytes() == original
 
 
 def test_repair_digits_repairs_what_fit_digits_leaves():
@@ -128,18 +129,14 @@ def test_cifar10(cifar10):
     overrides = ["--model.init_args.width=4", FEW_WORKERS, CALLBACK + ".method=MaskPrune", *callback(*QUICK_MASKS)]
     done = main(["fit", f"--config={EXAMPLES / 'cifar10.yaml'}", *SHORT, *overrides])
     assert (done.method, done.measured_on, done.samples_per_class) == ("MaskPrune", "test", 10)
-    assert report("runs/cifar10") == done.to_dict()
-    assert Path(done.checkpoint).name == "original-unlearned.ckpt"
-    assert Path("runs/cifar10/original.ckpt").is_file()
+    assert report("runs/cifar10/checkpoints") == done.to_dict()
+    assert Path("runs/cifar10/checkpoints/original.ckpt").is_file()
 
 
-@pytest.mark.parametrize("change", ["seed=1", "validation_share=0.2"])
-def test_cifar10_is_not_repaired_with_images_it_is_trained_on(cifar10, change):
+def test_cifar10_is_not_repaired_with_images_it_is_trained_on(cifar10):
     """Another split than the defender's puts some of the defender's images into the training part."""
-    other = f"--data.init_args.datamodule.init_args.{change}"
+    other = "--data.init_args.datamodule.init_args.seed=1"
     words = ["fit", f"--config={EXAMPLES / 'cifar10.yaml'}", *SHORT, "--model.init_args.width=4", FEW_WORKERS, other]
-    if change == "validation_share=0.2":
-        words += [f"{CALLBACK}.clean_data.init_args.dataset.init_args.part=train"]
     with pytest.raises(ValueError, match=r"clean_data: \d+ of its images are in the training set itself"):
         main(words)
 
@@ -149,7 +146,7 @@ def test_cifar10_is_not_repaired_with_images_it_is_trained_on(cifar10, change):
 
 def test_own_model(here, capsys, monkeypatch):
     script = runpy.run_path(str(EXAMPLES / "finetune_own_model.py"))
-    done = script["main"](str(here / "out"), max_epochs=6)
+    done = script["main"](str(here / "out"), max_epochs=4)
     assert (done.status, done.measured_on) == ("repaired", "test")
     assert done.before["asr"] > 0.9
     assert done.after["asr"] < 0.1

@@ -30,11 +30,14 @@ METHOD = GradPrune(max_rounds=2, patience=2, accuracy_drop=1.0, finetune=FineTun
 def fit(folder: Path, *loggers: Logger) -> tuple[Report, L.Trainer]:
     """Two training steps, two rounds of pruning, one epoch of fine-tuning."""
     torch.manual_seed(0)
-    clean = HoldoutDataModule(Digits(part="holdout", size=8), samples_per_class=2, test_dataset=Digits(part="test", size=8))
+    clean = HoldoutDataModule(
+        Digits(part="holdout", size=8), samples_per_class=2, test_dataset=Digits(part="test", size=8)
+    )
     unlearn = BackdoorUnlearning(clean, PatchTrigger(size=2, target=0), METHOD, force=True)
     trainer = L.Trainer(
-        callbacks=[unlearn], logger=list(loggers), max_epochs=1, limit_train_batches=2, log_every_n_steps=1, accelerator="cpu",
-        default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        callbacks=[unlearn], logger=list(loggers), max_epochs=1, limit_train_batches=2, limit_val_batches=0,
+        log_every_n_steps=1, accelerator="cpu", default_root_dir=folder, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
     trainer.fit(ConvClassifier(width=2), DataLoader(Digits(part="train", size=8), batch_size=50))
     return unlearn.report, trainer
@@ -133,8 +136,9 @@ def test_log_report(tmp_path):
     trainer = quiet_trainer(logger)
     report = Report(
         method="GradPrune", trigger="PatchTrigger", target=0, samples_per_class=10, seed=0, status="repaired",
-        measured_on="test", before={"acc": 0.9, "asr": 1.0, "ra": 0.0}, after={"acc": 0.8, "asr": float("nan"), "ra": 0.7},
-        der=0.95, rir=0.8, filters={"total": 4, "pruned": 1, "by_layer": {"conv": [3]}}, rounds=(), seconds={"total": 1.0},
+        measured_on="test", before={"acc": 0.9, "asr": 1.0, "ra": 0.0},
+        after={"acc": 0.8, "asr": float("nan"), "ra": 0.7}, der=0.95, rir=0.8,
+        filters={"total": 4, "pruned": 1, "by_layer": {"conv": [3]}}, rounds=(), seconds={"total": 1.0},
         checkpoint=None, versions={},
     )  # fmt: skip
     log_report(trainer, report)

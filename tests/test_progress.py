@@ -26,9 +26,9 @@ def fit(folder: Path, *bars: Callback, first: bool, enabled: bool = True) -> Non
         Digits(part="holdout", size=8), PatchTrigger(size=2, target=0), method, samples_per_class=2, force=True
     )
     trainer = L.Trainer(
-        callbacks=[*bars, unlearn] if first else [unlearn, *bars], max_epochs=1, limit_train_batches=2, accelerator="cpu",
-        logger=False, enable_checkpointing=False, default_root_dir=folder, enable_model_summary=False,
-        enable_progress_bar=enabled,
+        callbacks=[*bars, unlearn] if first else [unlearn, *bars], max_epochs=1, limit_train_batches=2,
+        limit_val_batches=0, accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=folder,
+        enable_model_summary=False, enable_progress_bar=enabled,
     )  # fmt: skip
     trainer.fit(ConvClassifier(width=2), DataLoader(Digits(part="train", size=8), batch_size=50))
     assert len(unlearn.report.rounds) == 3
@@ -65,7 +65,9 @@ def test_no_bar(tmp_path, capsys):
     assert "Unlearning ·" not in captured.out + captured.err
 
 
-@pytest.mark.parametrize("bar", [RichProgressBar(refresh_rate=0), TQDMProgressBar(refresh_rate=0)], ids=["rich", "tqdm"])
+@pytest.mark.parametrize(
+    "bar", [RichProgressBar(refresh_rate=0), TQDMProgressBar(refresh_rate=0)], ids=["rich", "tqdm"]
+)
 def test_bar_that_is_off(tmp_path, capsys, bar):
     fit(tmp_path, bar, first=True)
     captured = capsys.readouterr()
@@ -90,7 +92,12 @@ def test_bars_are_closed_after_an_exception(monkeypatch):
     closed = []
     monkeypatch.setattr(Tqdm, "close", lambda self: closed.append(self.n))
     trainer = L.Trainer(callbacks=[TQDMProgressBar()], logger=False, enable_checkpointing=False, accelerator="cpu")
-    with pytest.raises(RuntimeError, match="stop"), round_progress(trainer) as show:
-        show(Round(1, "prune", (), 1.0, 0.5, 0.5, 0.1, 0.2))
-        raise RuntimeError("stop")
+
+    def fail() -> None:
+        with round_progress(trainer) as show:
+            show(Round(1, "prune", (), 1.0, 0.5, 0.5, 0.1, 0.2))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert 1 in closed
