@@ -32,7 +32,7 @@ from lightning_unlearn.logs import log_pictures, log_report, log_round
 from lightning_unlearn.methods import MaskPrune, RepairMethod, Round
 from lightning_unlearn.methods.base import check_range
 from lightning_unlearn.progress import round_progress
-from lightning_unlearn.repair import Split, repair_split
+from lightning_unlearn.repair import Split, refuse_missing_classes, repair_split
 from lightning_unlearn.report import Report
 from lightning_unlearn.triggers import Trigger
 
@@ -205,7 +205,9 @@ class BackdoorUnlearning(Callback):
             images, _ = clean.first()
             layers = find_filters(pl_module, images.to(pl_module.dtype), lambda x: self.logits(pl_module, x))
             logits = logits_of(lambda x: self.logits(pl_module, x), images.to(pl_module.dtype))
-            for part in (clean.scoring(), clean.validation()):
+            parts = clean.scoring(), clean.validation()
+            refuse_missing_classes(*(labels for _, labels in parts), num_classes=logits.shape[1])
+            for part in parts:
                 Pairs.stamp(*part, trigger, num_classes=logits.shape[1])
         if self._mask is not None:
             self._held = FilterMask(layers)

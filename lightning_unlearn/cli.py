@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as L  # noqa: N812 - the usual name
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from torch.utils.data import DataLoader
@@ -53,7 +54,8 @@ class _RepairJob(L.LightningModule):
         self.report: Report | None = None
 
     def predict_dataloader(self) -> DataLoader[int]:
-        return DataLoader([0])  # type: ignore[arg-type]  # one item a process: one repair
+        items = list(range(self.trainer.world_size))  # one a process: one repair
+        return DataLoader(items)  # type: ignore[arg-type]  # a list will do as a dataset
 
     def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         if self.report is None:
@@ -106,7 +108,8 @@ def repair(args: Sequence[str]) -> Report | None:
     given.add_argument("--output_dir")
     output_dir = given.parse_known_args(args)[0].output_dir
     if output_dir:
-        refuse_used_folder(output_dir)
+        if getattr(rank_zero_only, "rank", 0) == 0:  # a second process starts when the first has written there
+            refuse_used_folder(output_dir)
         args = [*args, f"--trainer.default_root_dir={output_dir}"]  # logs go there too
     with _from_python():
         cli = _RepairCLI(

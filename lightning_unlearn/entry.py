@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 __all__ = ["run"]
@@ -9,6 +10,8 @@ __all__ = ["run"]
 
 def run() -> None:
     """Run ``lightning-unlearn`` and leave with an exit code: 0 for success, 1 for an error that the user can mend."""
+    # Classes of the user's own, named in YAML, lie in the current folder; `python -m` looks there, too.
+    sys.path.insert(0, os.getcwd())
     try:
         # Not all that is missing is missed on import: Lightning asks for jsonargparse when its CLI is used.
         from lightning.fabric.utilities.exceptions import MisconfigurationException

@@ -20,7 +20,7 @@ from lightning_unlearn.methods import MaskPrune, RepairMethod, RepairTask, Round
 from lightning_unlearn.methods.base import check_range
 from lightning_unlearn.triggers import Trigger, find_normalization
 
-__all__ = ["ImagesAndLabels", "RepairResult", "Split", "repair", "repair_split"]
+__all__ = ["ImagesAndLabels", "RepairResult", "Split", "refuse_missing_classes", "repair", "repair_split"]
 
 ImagesAndLabels = tuple[Tensor, Tensor]
 
@@ -212,7 +212,8 @@ def repair_split(
     watch, rounds = Stopwatch(), []
     with intact(model) as original, watch.measure("total"):
         first = next(model.parameters(), torch.empty(0))
-        probe = split.scoring[0][:1].to(first.device, first.dtype)
+        probe = split.scoring[0][:1].to(first.device)
+        probe = probe.to(first.dtype) if probe.is_floating_point() else probe
         layers = find_filters(model, probe, forward)
         with torch.no_grad():
             logits = logits_of(forward, probe)
@@ -225,7 +226,7 @@ def repair_split(
             )
             for images, labels in (split.scoring, split.validation)
         )
-        _refuse_missing_classes(scoring.labels, validation.labels, num_classes=logits.shape[1])
+        refuse_missing_classes(scoring.labels, validation.labels, num_classes=logits.shape[1])
         task = RepairTask(
             model=model,
             forward=forward,
@@ -263,8 +264,16 @@ def _load(dataset: Dataset[Any]) -> ImagesAndLabels:
     return torch.cat(images), torch.cat(labels)
 
 
-def _refuse_missing_classes(*parts: Tensor, num_classes: int) -> None:
-    """Without images of a class, a method could ruin it unseen."""
+def refuse_missing_classes(*parts: Tensor, num_classes: int) -> None:
+    """Refuse a draw that lacks a class: without images of it, a method could ruin it unseen.
+
+    Args:
+        parts: (N,) labels of the scoring and of the validation part.
+        num_classes: how many logits the model gives.
+
+    Raises:
+        ValueError: naming the classes of which a part has no image.
+    """
     missing = [c for c in range(num_classes) if not all((labels == c).any() for labels in parts)]
     if missing:
         raise ValueError(

@@ -149,7 +149,6 @@ def test_repaired_checkpoint_is_a_checkpoint(victim, digits_victim):
 
 def test_repair_beside_the_original_overwrites_nothing(victim):
     mine = {"original-unlearned.ckpt": b"mine", "report.json": b"mine, too"}
-    new = ["original-unlearned-v1.ckpt", "report-v1.json"]
     for name, content in mine.items():
         (victim / name).write_bytes(content)
     original = (victim / "original.ckpt").read_bytes()

@@ -103,6 +103,14 @@ def test_an_old_file_is_replaced(tmp_path):
     assert path.read_text() == "new"
 
 
+def test_whoever_reads_the_old_file_goes_on_reading_it(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    with path.open() as reader:
+        write_whole(path, lambda partial: partial.write_text("new"))
+        assert reader.read() == "old"
+
+
 @pytest.mark.parametrize(("mask", "wanted"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_the_umask_is_honoured(tmp_path, umask, mask, wanted):
     umask(mask)

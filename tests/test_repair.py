@@ -260,6 +260,12 @@ def test_the_global_random_state_is_left_alone(make_net, make_clean, method):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_what_a_method_draws_from_the_global_state_is_put_back(make_net, make_clean):
+    before = torch.get_rng_state()
+    repair(make_net("vgg"), make_clean(20), trigger=PatchTrigger(), method=Spy(lambda _: torch.rand(9)), force=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # What a method gets
 
 

@@ -117,10 +117,10 @@ class MaskPrune(RepairMethod):
             with task.watch.measure("score"):
                 with task.mask.scaled(masks):
                     loss = self._disagreement(task, task.scoring[chosen], wanted[chosen])
-                loss = loss + self.sparsity * (1 - masks).sum()
-                (masks.grad,) = torch.autograd.grad(loss, masks)
+                (gradient,) = torch.autograd.grad(loss, masks)
                 if step == 1:
-                    _check_gradient(masks.grad)
+                    _check_gradient(gradient)
+                masks.grad = gradient - self.sparsity
                 optimizer.step()
                 with torch.no_grad():
                     masks.clamp_(0, 1)
@@ -191,7 +191,7 @@ def _check_gradient(gradient: Tensor) -> None:
             "model: the gradients of the unlearning loss hold NaN or infinity, so no mask can be learned; check the "
             "weights and the range of the images."
         )
-    if not gradient.ne(gradient[0]).any():
+    if not gradient.any():
         raise ValueError(
             "model: the unlearning loss has no gradient in any filter (all are zero), so no mask can be learned; check "
             "that logits depend on the convolutions and are not detached or saturated."
