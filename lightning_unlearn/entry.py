@@ -9,7 +9,7 @@ __all__ = ["run"]
 
 
 def run() -> None:
-    """Run ``lightning-unlearn`` and leave with an exit code: 0 for success, 1 for an error that the user can mend."""
+    """Run ``lightning-unlearn`` and leave with an exit code: 0 for success, 1 for an error."""
     # Classes of the user's own, named in YAML, lie in the current folder; `python -m` looks there, too.
     sys.path.insert(0, os.getcwd())
     try:
@@ -21,6 +21,8 @@ def run() -> None:
         try:
             main()
         except (ValueError, TypeError, OSError, MisconfigurationException) as error:
+            if sys.argv[1:2] == ["fit"]:
+                raise  # it may come from the user's own training code, where only a traceback tells the place
             sys.exit(f"lightning-unlearn: {' '.join(str(error).split())}")  # torch's messages have many lines
     except ImportError as error:
         sys.exit(f"lightning-unlearn: {error}. The command line needs an extra: pip install 'lightning-unlearn[demo]'")

@@ -361,6 +361,16 @@ def test_errors_that_the_user_can_mend(monkeypatch, error):
     assert run(monkeypatch) == "lightning-unlearn: x: bad"
 
 
+def test_fit_keeps_the_traceback_of_the_users_own_code(monkeypatch):
+    def fail():
+        raise ValueError("in the user's training_step")
+
+    monkeypatch.setattr(cli, "main", fail)
+    monkeypatch.setattr(sys, "argv", ["lightning-unlearn", "fit", "--config=my.yaml"])
+    with pytest.raises(ValueError, match="in the user's training_step"):
+        entry.run()
+
+
 def test_own_classes_are_found_in_the_current_folder(monkeypatch, tmp_path):
     """As with ``python -m``: a script's own folder, which Python looks in, is that of the installed commands."""
     monkeypatch.chdir(tmp_path)

@@ -561,3 +561,34 @@ def test_a_function_as_trigger(make_net, make_clean):
     trigger = FunctionTrigger(lambda pixels: 1 - pixels, target=1)
     result = repair(make_net("vgg"), make_clean(20), trigger=trigger, method=Spy(), force=True)
     assert torch.allclose(result.scoring_images, 1 - result.scoring.clean)
+
+
+def test_a_net_with_one_filter_and_a_large_sparsity():
+    """A gradient is missing only if it is zero: not if all filters' are alike, nor if the sparsity outweighs it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2)).eval()
+    clean = TensorDataset(torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
+    method = MaskPrune(steps=1, sparsity=1e6, finetune=False)
+    result = repair(net, clean, trigger=PatchTrigger(size=3, target=0), method=method, force=True)
+    assert [done.stage for done in result.rounds] == ["learn", "prune"]
+
+
+class TakesBytes(nn.Module):
+    """Scales its own input, as nets that are deployed often do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.dtype == torch.uint8
+        return self.net(images.float() / 255)
+
+
+def test_uint8_images_reach_the_model_as_they_are():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)
+    clean = TensorDataset(images, torch.arange(20) % 2)
+    result = repair(TakesBytes().eval(), clean, trigger=PatchTrigger(size=3), method=MaskPrune(steps=2), force=True)
+    assert result.scoring_images.dtype == torch.uint8
+    assert result.scoring_images[:, :, -3:, -3:].eq(255).all()
