@@ -77,7 +77,7 @@ class FilterLayer:
         return self.convolution.weight
 
     def by_filter(self, tensor: Tensor) -> Tensor:
-        """View a tensor of the weight's shape as (groups, filters per group, inputs per group, *kernel).
+        """View a tensor of the weight's shape as ``(groups, filters per group, inputs per group, *kernel)``.
 
         Transposed convolutions keep their input channels first, so that one filter is not one row of the weight; this
         view, which shares memory, makes all kinds look alike. Filter ``i`` is entry ``divmod(i, filters per group)``.
