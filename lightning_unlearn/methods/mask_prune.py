@@ -16,6 +16,11 @@ from lightning_unlearn.methods.fine_tuning import FineTuning
 
 __all__ = ["MaskPrune"]
 
+_NO_GRADIENT = (
+    "model: the unlearning loss has no gradient in any filter (all are zero), so no mask can be learned; check that logits "
+    "depend on the convolutions and are not detached or saturated."
+)
+
 
 class MaskPrune(RepairMethod):
     """Learn a mask m ∈ [0, 1] on every convolution channel that makes triggered images be answered like clean ones.
@@ -117,6 +122,8 @@ class MaskPrune(RepairMethod):
             with task.watch.measure("score"):
                 with task.mask.scaled(masks):
                     loss = self._disagreement(task, task.scoring[chosen], wanted[chosen])
+                if not loss.requires_grad:
+                    raise ValueError(_NO_GRADIENT)
                 (gradient,) = torch.autograd.grad(loss, masks)
                 if step == 1:
                     _check_gradient(gradient)
@@ -192,7 +199,4 @@ def _check_gradient(gradient: Tensor) -> None:
             "weights and the range of the images."
         )
     if not gradient.any():
-        raise ValueError(
-            "model: the unlearning loss has no gradient in any filter (all are zero), so no mask can be learned; check "
-            "that logits depend on the convolutions and are not detached or saturated."
-        )
+        raise ValueError(_NO_GRADIENT)
