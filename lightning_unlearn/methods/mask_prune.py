@@ -17,8 +17,8 @@ from lightning_unlearn.methods.fine_tuning import FineTuning
 __all__ = ["MaskPrune"]
 
 _NO_GRADIENT = (
-    "model: the unlearning loss has no gradient in any filter (all are zero), so no mask can be learned; check that logits "
-    "depend on the convolutions and are not detached or saturated."
+    "model: the unlearning loss has no gradient in any filter (all are zero), so no mask can be learned; check that "
+    "logits depend on the convolutions and are not detached or saturated."
 )
 
 
