@@ -28,11 +28,14 @@ def _rates(rates: dict[str, float]) -> str:
 
 
 def summary(lines: list[dict[str, Any]]) -> str:
-    """One row a method over all victims that count: means, worst cells, seconds."""
-    by_method: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    """One row a method: means, worst cells and seconds over the victims that count and that every method repaired."""
+    names = {_name(line) for line in lines}
+    by_victim: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for line in lines:
         if line["before"]["asr"] >= _MIN_ASR:
-            by_method[_name(line)].append(line)
+            by_victim[str((line["victim"], line["samples_per_class"], line["seed"]))][_name(line)] = line
+    complete = [methods for methods in by_victim.values() if set(methods) == names]
+    by_method = {name: [methods[name] for methods in complete] for name in names if complete}
     rows = [
         "| method | cells | ACC drop ↓ | ASR ↓ | worst ASR ↓ | RA ↑ | DER ↑ | worst DER ↑ | filters pruned | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -165,7 +165,7 @@ class Report:
 
         images = f"{self.samples_per_class or '?'} clean images per class"
         title = f"{self.method} · {self.trigger} · target {self.target} · {images}"
-        table = Table(title=title, caption=self.summary(), min_width=64)  # so that neither wraps
+        table = Table(title=title, caption=self.summary(), min_width=72)  # so that neither wraps
         table.add_column(f"{self.measured_on} data")
         for column in ("before", "after"):
             table.add_column(column, justify="right")
