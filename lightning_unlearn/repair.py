@@ -235,6 +235,7 @@ def repair_split(
             validation=validation,
             before=evaluate(forward, validation.batches(batch_size)),
             answers=_answers(forward, scoring, batch_size),
+            trigger=trigger,
             batch_size=batch_size,
             seed=seed,
             watch=watch,

@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.filters import FilterId, FilterMask
+from lightning_unlearn.triggers import Trigger
 
 __all__ = ["RepairMethod", "RepairTask", "Round", "Stage", "Stopwatch", "Teacher", "check_range"]
 
@@ -85,6 +86,7 @@ class RepairTask:
         validation: pairs that decide when to stop and which round to keep, on the model's device.
         before: the untouched model on ``validation``.
         answers: (N, C) probabilities that the untouched model gives the clean scoring images.
+        trigger: what makes triggered images of clean ones, for methods that make more of them.
         batch_size: most pairs in one forward pass.
         seed: seed of every random choice that a method makes.
     """
@@ -96,6 +98,7 @@ class RepairTask:
     validation: Pairs
     before: Evaluation
     answers: Tensor
+    trigger: Trigger
     batch_size: int = 128
     seed: int = 0
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -133,7 +136,12 @@ class RepairMethod(ABC):
 
     A method is a set of hyper-parameters. All state is in the :class:`RepairTask` it is given, so one instance can
     repair many models. If the generator is closed or fails before its end, the caller restores the model.
+
+    Attributes:
+        needs_trigger: whether it learns from triggered images; a method that does not sees clean images alone.
     """
+
+    needs_trigger: bool = False
 
     @abstractmethod
     def repair(self, task: RepairTask) -> Iterator[Round]:

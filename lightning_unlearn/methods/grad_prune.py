@@ -55,6 +55,8 @@ class GradPrune(RepairMethod):
         'GradPrune'
     """
 
+    needs_trigger = True
+
     def __init__(
         self,
         *,
@@ -92,7 +94,7 @@ class GradPrune(RepairMethod):
         self.clean_weight = clean_weight
         self.look_ahead = look_ahead
         self.look_ahead_images = look_ahead_images
-        self.finetune = FineTuning(triggered=True, accuracy_drop=accuracy_drop) if finetune is True else finetune
+        self.finetune = _fine_tuning(accuracy_drop) if finetune is True else finetune
 
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Prune round by round, restore the best round, fine-tune."""
@@ -174,6 +176,13 @@ class GradPrune(RepairMethod):
     def _probe(self, task: RepairTask) -> Pairs:
         chosen = torch.randperm(len(task.scoring), generator=task.generator())[: self.look_ahead_images]
         return task.scoring[chosen.to(task.scoring.labels.device)]
+
+
+def _fine_tuning(accuracy_drop: float) -> FineTuning:
+    """The paper's, but for norms that stay in eval mode."""
+    return FineTuning(
+        triggered=True, learning_rate=1e-3, batch_size=128, patience=10, norms="frozen", accuracy_drop=accuracy_drop
+    )
 
 
 def _losses(task: RepairTask, *, triggered: bool) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lightning_unlearn.methods import FineTuning, RepairTask
 from lightning_unlearn.triggers import PatchTrigger
 
 NETS = ("preact", "vgg", "grouped", "plain", "group_norm")
+BEST: dict[str, Any] = {"patience": 10, "norms": "frozen"}  # a constant rate, and the best epoch is kept
 
 
 class Scripted(RepairTask):
@@ -77,7 +79,8 @@ def test_two_steps_by_hand(task, triggered, teacher):
                 m.mul_(0.9).add_(gradient + 0.01 * p)
                 p.sub_(0.1 * m)
     task.say(*(measured(loss) for loss in (3.0, 2.0, 1.0)))
-    method = FineTuning(triggered=triggered, teacher=teacher, learning_rate=0.1, weight_decay=0.01, max_epochs=2)
+    options = {"learning_rate": 0.1, "weight_decay": 0.01, "max_epochs": 2, **BEST}
+    method = FineTuning(triggered=triggered, teacher=teacher, **options)
     epochs_of(task, method)
     for name, tensor in net.state_dict().items():
         assert torch.allclose(task.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6), name
@@ -158,7 +161,7 @@ def test_running_statistics_stay(make_net, make_clean, make_task, name):
     task = make_task(make_net(name), make_clean(8), PatchTrigger(target=1))
     buffers = {key: tensor.clone() for key, tensor in task.model.named_buffers()}
     assert buffers
-    list(FineTuning(triggered=True, learning_rate=0.1, max_epochs=3).repair(task))
+    list(FineTuning(triggered=True, learning_rate=0.1, max_epochs=3, norms="frozen").repair(task))
     assert all(torch.equal(tensor, buffers[key]) for key, tensor in task.model.named_buffers())
     assert not any(module.training for module in task.model.modules())
     assert all(p.grad is None for p in task.model.parameters())
@@ -179,7 +182,7 @@ def test_frozen_parameters_stay(task):
 
 def test_the_best_epoch_is_kept(task):
     task.say(*(measured(loss) for loss in (5.0, 4.0, 2.0, 3.0, 2.0, 2.5)))
-    states = epochs_of(task, FineTuning(learning_rate=0.05, patience=3))
+    states = epochs_of(task, FineTuning(learning_rate=0.05, patience=3, norms="frozen"))
     assert task.script == []
     assert len(states) == 6  # three epochs without a lower loss; an equal one is not lower
     assert same(task.model.state_dict(), states[2])
@@ -188,14 +191,14 @@ def test_the_best_epoch_is_kept(task):
 
 def test_patience_starts_again_with_each_better_epoch(task):
     task.say(*(measured(loss) for loss in (5.0, 6.0, 4.0, 4.5, 3.0, 3.5, 3.6)))
-    states = epochs_of(task, FineTuning(learning_rate=0.05, patience=2))
+    states = epochs_of(task, FineTuning(learning_rate=0.05, patience=2, norms="frozen"))
     assert task.script == []
     assert same(task.model.state_dict(), states[4])
 
 
 def test_epoch_0_competes(task):
     task.say(*(measured(loss) for loss in (1.0, 1.5, 1.0)))
-    states = epochs_of(task, FineTuning(learning_rate=0.05, max_epochs=2))
+    states = epochs_of(task, FineTuning(learning_rate=0.05, max_epochs=2, **BEST))
     assert same(task.model.state_dict(), states[0])
 
 
@@ -203,14 +206,14 @@ def test_epoch_0_competes(task):
 def test_the_loss_on_triggered_images_counts_if_they_are_trained_on(task, triggered):
     # Epoch 1 is better on clean images, epoch 2 on both together.
     task.say(measured(2.0, 2.0), measured(1.0, 4.0), measured(1.5, 1.0))
-    states = epochs_of(task, FineTuning(learning_rate=0.05, max_epochs=2, triggered=triggered))
+    states = epochs_of(task, FineTuning(learning_rate=0.05, max_epochs=2, triggered=triggered, **BEST))
     assert same(task.model.state_dict(), states[2 if triggered else 1])
 
 
 def test_an_epoch_that_costs_too_much_accuracy_is_not_kept(task):
     task.before = measured(9.0, acc=1.0)
     task.say(measured(5.0), measured(4.0, acc=0.95), measured(1.0, acc=0.85))
-    states = epochs_of(task, FineTuning(learning_rate=0.05, max_epochs=2, accuracy_drop=0.1))
+    states = epochs_of(task, FineTuning(learning_rate=0.05, max_epochs=2, accuracy_drop=0.1, **BEST))
     assert same(task.model.state_dict(), states[1])
 
 
@@ -219,19 +222,19 @@ def test_a_drop_by_exactly_alpha_is_within(task, before, after):
     before, after = torch.tensor([before, after]).tolist()  # float32, as rates come
     task.before = measured(9.0, acc=before)
     task.say(measured(5.0, acc=before), measured(4.0, acc=after))
-    states = epochs_of(task, FineTuning(learning_rate=0.05, max_epochs=1, accuracy_drop=0.1))
+    states = epochs_of(task, FineTuning(learning_rate=0.05, max_epochs=1, accuracy_drop=0.1, **BEST))
     assert same(task.model.state_dict(), states[1])
 
 
 def test_a_loss_that_is_no_number_is_not_lower(task):
     task.say(measured(5.0), measured(float("nan")), measured(float("inf")), measured(4.0))
-    states = epochs_of(task, FineTuning(learning_rate=0.05, max_epochs=3))
+    states = epochs_of(task, FineTuning(learning_rate=0.05, max_epochs=3, **BEST))
     assert same(task.model.state_dict(), states[3])
 
 
 def test_no_epochs(task):
     task.say(measured(5.0))
-    assert len(epochs_of(task, FineTuning(max_epochs=0))) == 1
+    assert len(epochs_of(task, FineTuning(max_epochs=0, **BEST))) == 1
 
 
 @pytest.mark.parametrize("learning_rate", [1.0, 1e4, 1e38])
@@ -239,7 +242,8 @@ def test_no_epochs(task):
 @pytest.mark.parametrize("name", NETS)
 def test_a_huge_learning_rate_makes_nothing_worse(make_net, make_clean, make_task, name, triggered, learning_rate):
     task = make_task(make_net(name), make_clean(8), PatchTrigger(target=1), validation=2)
-    method = FineTuning(triggered=triggered, learning_rate=learning_rate, max_epochs=3, accuracy_drop=0.1)
+    options = {"learning_rate": learning_rate, "max_epochs": 3, "accuracy_drop": 0.1, **BEST}
+    method = FineTuning(triggered=triggered, **options)
     rounds = list(method.repair(task))
     after = evaluate(task.model, [task.validation])
     loss, loss_before = (e.loss + e.unlearning_loss * triggered for e in (after, task.before))
@@ -254,7 +258,7 @@ def test_a_huge_learning_rate_makes_nothing_worse(make_net, make_clean, make_tas
 
 def test_a_small_learning_rate_does_help(hand_victim, make_task):
     task = make_task(hand_victim.net, hand_victim.clean, hand_victim.trigger)
-    rounds = list(FineTuning(triggered=True, learning_rate=0.05, max_epochs=20).repair(task))
+    rounds = list(FineTuning(triggered=True, learning_rate=0.05, max_epochs=20, **BEST).repair(task))
     after = task.validate()
     assert (task.before.asr, after.asr) == (1.0, 0.0)
     assert after.acc == 1.0
@@ -271,6 +275,7 @@ def test_a_small_learning_rate_does_help(hand_victim, make_task):
         ({"batch_size": 0}, r"^batch_size: .* but got 0"),
         ({"patience": 0}, r"^patience: .* but got 0"),
         ({"max_epochs": -1}, r"^max_epochs: .* but got -1"),
+        ({"norms": "thawed"}, "^norms: expected 'frozen' or 'trained', but got 'thawed'"),
         ({"accuracy_drop": 0.0}, r"^accuracy_drop: expected a value in \(0, 1\], but got 0.0"),
     ],
 )

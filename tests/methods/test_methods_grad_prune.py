@@ -392,7 +392,7 @@ def test_finetuning_is_the_papers_unless_told_otherwise(make_net, make_clean, ma
 
 def test_finetuning_starts_from_the_best_round(script):
     script.say(measured(2.0), [measured(1.0), measured(3.0), *[measured(9.0)] * 2])
-    method = GradPrune(max_rounds=2, finetune=FineTuning(triggered=True, max_epochs=1))
+    method = GradPrune(max_rounds=2, finetune=FineTuning(triggered=True, patience=10, norms="frozen", max_epochs=1))
     rounds = list(method.repair(script))
     assert script.script == []
     assert_kept(script, rounds[0].pruned)  # the epoch made it worse
