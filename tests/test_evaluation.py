@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
+from lightning_unlearn.metrics import AttackSuccessRate, RecoveryAccuracy
 
 
 def identity(images):
@@ -68,6 +69,35 @@ def test_any_split_into_batches_gives_the_rates_of_the_whole(labels, cuts, seed)
         unlearning_loss=F.cross_entropy(triggered, labels).item(),
     )
     assert vars(found) == pytest.approx(vars(expected), nan_ok=True, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_rates_are_those_of_the_metrics_to_the_last_bit(size):
+    generator = torch.Generator().manual_seed(size)
+    clean, triggered = torch.randn(2, 23, 3, generator=generator)
+    triggered[4, 1] = math.nan
+    pairs = Pairs(clean, triggered, torch.arange(23) % 3, torch.zeros(23, dtype=torch.int64))
+    found = evaluate(identity, pairs.batches(size))
+    for metric, value in ((AttackSuccessRate(), found.asr), (RecoveryAccuracy(), found.ra)):
+        metric.update(triggered, pairs.labels, pairs.targets)
+        assert value == metric.compute().item()
+    assert found.acc == (clean.argmax(1) == pairs.labels).float().mean().item()
+
+
+def test_many_batches_lose_no_digit_of_the_loss():
+    # Added up in float32, the small losses after one of 20 would each be rounded by some percent.
+    logits = torch.tensor([[20.0, 0.0], [0.0, 12.0]])
+    pairs = Pairs(logits, logits, torch.tensor([1, 1]), torch.tensor([0, 0]))
+    found = evaluate(identity, [pairs[:1]] + [pairs[1:]] * 500)
+    large, small = F.cross_entropy(logits, pairs.labels, reduction="none").tolist()
+    assert found.loss == pytest.approx((large + 500 * small) / 501, rel=1e-7)
+
+
+def test_processes_measure_each_for_itself(monkeypatch):
+    # Every process of a distributed repair holds all images; a collective inside it could only hang.
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert evaluate(identity, [by_hand()]).acc == 0.75
 
 
 def test_only_images_of_the_target_class():

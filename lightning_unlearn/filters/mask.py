@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ __all__ = ["FilterId", "FilterMask"]
 
 FilterId = tuple[str, int]
 """A filter: (qualified name of its convolution, index of its output channel)."""
-_Saved = tuple[Callable[[], Tensor], Tensor]  # where values live, and what they were
+_Where = tuple[Tensor, ...] | EllipsisType
+_Saved = tuple[Callable[[], Tensor], _Where, Tensor]  # a tensor looked up anew, where in it, and what stood there
 
 
 class FilterMask:
@@ -54,7 +56,9 @@ class FilterMask:
         self.layers = tuple(layers)
         self._by_name = {layer.name: layer for layer in self.layers}
         self._ends = list(accumulate(layer.channels for layer in self.layers))
+        self._starts = {layer.name: end - layer.channels for layer, end in zip(self.layers, self._ends, strict=True)}
         self._steps: list[tuple[list[FilterId], list[_Saved]]] = []  # what was pruned, what stood there before
+        self._pruned: dict[FilterId, int] = {}  # flat index of each pruned filter, in the order of pruning
 
     @property
     def total(self) -> int:
@@ -64,7 +68,7 @@ class FilterMask:
     @property
     def pruned(self) -> tuple[FilterId, ...]:
         """The pruned filters in the order of pruning."""
-        return tuple(filter_id for filters, _ in self._steps for filter_id in filters)
+        return tuple(self._pruned)
 
     @property
     def steps(self) -> int:
@@ -81,8 +85,7 @@ class FilterMask:
 
     def flat(self, device: torch.device | str = "cpu") -> Tensor:
         """The mask as one bool tensor over all filters, (total,): true where pruned."""
-        tensors = self.state_dict()
-        return torch.cat([tensors[layer.name] for layer in self.layers]).to(device)
+        return _bools(list(self._pruned.values()), self.total, device)
 
     def prune(self, filters: Sequence[FilterId]) -> None:
         """Zero filters, as one step that :meth:`undo` takes back.
@@ -91,21 +94,22 @@ class FilterMask:
             ValueError: if a layer or filter does not exist, is named twice or is pruned already; nothing is changed.
         """
         chosen = [(str(name), int(index)) for name, index in filters]
-        taken = set(self.pruned)
+        taken: dict[FilterId, int] = {}
         for name, index in chosen:
             if name not in self._by_name or not 0 <= index < self._by_name[name].channels:
                 raise ValueError(
                     f"filters: there is no filter {index} of layer {name!r}; layers are {sorted(self._by_name)}."
                 )
-            if (name, index) in taken:
+            if (name, index) in self._pruned or (name, index) in taken:
                 raise ValueError(f"filters: filter {index} of layer {name!r} is pruned already or named twice.")
-            taken.add((name, index))
+            taken[name, index] = self._starts[name] + index
         saved: list[_Saved] = []
         for name, indices in _by_layer(chosen).items():
             layer = self._by_name[name]
-            saved += [(place, place().clone()) for index in indices for place in _places(layer, index)]
+            saved += [(place, where, place()[where]) for place, where in _places(layer, indices)]
             layer.zero(_bools(indices, layer.channels, layer.weight.device))
         self._steps.append((chosen, saved))
+        self._pruned.update(taken)
 
     @torch.no_grad()
     def fold(self, scales: Tensor, *, zero_below: float = 0.0) -> None:
@@ -115,12 +119,12 @@ class FilterMask:
             scales: (total,) factors in [0, 1] by flat index.
             zero_below: prune instead of scale where the factor is at most this.
         """
-        filters = [self.locate(int(i)) for i in (scales <= zero_below).nonzero().flatten().tolist()]
-        filters = [filter_id for filter_id in filters if filter_id not in set(self.pruned)]
+        filters = [self.locate(index) for index in (scales <= zero_below).nonzero().flatten().tolist()]
+        filters = [filter_id for filter_id in filters if filter_id not in self._pruned]
         saved: list[_Saved] = []
         for layer, factors in zip(self.layers, self.split(scales), strict=True):
             for channels, scaled in layer.scaled(factors):
-                saved.append((partial(getattr, channels, "tensor"), channels.tensor.detach().clone()))
+                saved.append((partial(_tensor, channels), ..., channels.tensor.detach().clone()))
                 channels.tensor.copy_(scaled)
         self._steps.append(([], saved))
         self.prune(filters)
@@ -152,8 +156,13 @@ class FilterMask:
         if not 0 <= steps <= len(self._steps):
             raise ValueError(f"steps: cannot undo {steps} of {len(self._steps)} steps.")
         for _ in range(steps):
-            for place, before in reversed(self._steps.pop()[1]):
-                place().copy_(before)
+            filters, saved = self._steps.pop()
+            for place, where, before in reversed(saved):
+                tensor = place()  # the model may have moved to another device or type meanwhile
+                where = where if where is ... else tuple(index.to(tensor.device) for index in where)
+                tensor[where] = before.to(tensor)
+            for filter_id in filters:
+                del self._pruned[filter_id]
 
     @contextmanager
     def scaled(self, scales: Tensor) -> Iterator[None]:
@@ -219,9 +228,8 @@ class FilterMask:
         given = {name: bools.numel() for name, bools in state.items()}
         if own != given:
             raise ValueError(f"state: it masks layers {given}, but the model has {own}.")
-        done = set(self.pruned)
         wanted = [(name, int(i)) for name, bools in state.items() for i in bools.nonzero().flatten().tolist()]
-        self.prune([filter_id for filter_id in wanted if filter_id not in done])
+        self.prune([filter_id for filter_id in wanted if filter_id not in self._pruned])
 
 
 class _DifferentiableMeans(TorchFunctionMode):
@@ -243,20 +251,25 @@ class _DifferentiableMeans(TorchFunctionMode):
         return func(*bound.args, **bound.kwargs)
 
 
-def _places(layer: FilterLayer, index: int) -> Iterator[Callable[[], Tensor]]:
-    """Where everything is that zeroing a filter overwrites, looked up anew since a model may have moved meanwhile."""
-
-    def weight() -> Tensor:
-        view = layer.by_filter(layer.weight.detach())
-        return view[divmod(index, view.shape[1])]
-
-    yield weight
+def _places(layer: FilterLayer, indices: Sequence[int]) -> Iterator[tuple[Callable[[], Tensor], _Where]]:
+    """Where everything is that zeroing filters of a layer overwrites."""
+    where = torch.tensor(indices, device=layer.weight.device)
+    per_group = layer.by_filter(layer.weight.detach()).shape[1]
+    yield partial(_filters, layer), (where // per_group, where % per_group)
     for companion in layer.companions:
-        yield partial(_entry, companion, index)
+        yield partial(_channels, companion), (where,)
 
 
-def _entry(companion: ChannelTensor, index: int) -> Tensor:
-    return companion.by_channel(companion.tensor.detach())[index]
+def _filters(layer: FilterLayer) -> Tensor:
+    return layer.by_filter(layer.weight.detach())
+
+
+def _channels(companion: ChannelTensor) -> Tensor:
+    return companion.by_channel(companion.tensor.detach())
+
+
+def _tensor(channels: ChannelTensor) -> Tensor:
+    return channels.tensor.detach()
 
 
 def _by_layer(filters: Sequence[FilterId]) -> dict[str, list[int]]:
