@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
+from lightning_unlearn.data.augmentation import flip_and_shift
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, logits_of
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, Teacher, check_range
 from lightning_unlearn.methods.fine_tuning import FineTuning
+from lightning_unlearn.methods.training import batches
 
 __all__ = ["MaskPrune"]
+
+_NEAR_ZERO = 0.1  # what "mixed" may prune; beyond it a channel still works
 
 _NO_GRADIENT = (
     "model: the unlearning loss has no gradient in any filter (all are zero), so no mask can be learned; check that "
@@ -27,12 +31,16 @@ class MaskPrune(RepairMethod):
 
     All masks start at 1 and Adam descends, with weights frozen and norms in eval mode,
 
-        L(m) = D(x) + D(T(x)) + sparsity · Σ(1 − m)
+        L(m) = λ · D(x) + D(T(x)) + sparsity · u · Σ(1 − m)
 
-    where, with ``teacher="victim"``, D(z) = KL(victim(x) ‖ masked(z)): the masked model must answer the triggered
-    image as the *untouched victim answers the clean one*, which needs no labels; and with ``teacher="labels"``, D is
-    the cross-entropy against the true labels. The first step's gradient is the signed Taylor score of
-    :class:`GradPrune`; the next ones correct it for what the other masks already do. This is this project's own method.
+    where, with ``teacher="victim"``, D(z) = τ · KL(victim(x)^{1/τ} ‖ masked(z)^{1/τ}), both normalised: the masked
+    model must answer the triggered image as the *untouched victim answers the clean one*, also in what it thinks the
+    next best, which needs no labels; and with ``teacher="labels"``, D is the cross-entropy against the true labels.
+    u is the share of triggered images that are answered as wanted by now: only as the trigger loses its power are
+    channels that need not be turned down drawn back to 1, however many channels a network has.
+    The first step's gradient is the signed Taylor score of :class:`GradPrune`; the next ones correct it for what the
+    other masks already do. Since the victim answers whatever it is shown, the few images are flipped and shifted anew
+    in each step. This is this project's own method.
 
     A mask is applied exactly by scaling γ and β of the norm that consumes the channel, or else the filter and its
     bias. What is kept of them is decided by ``cut``; the images that decide are those the defender holds.
@@ -40,18 +48,21 @@ class MaskPrune(RepairMethod):
     Args:
         teacher: ``"victim"`` or ``"labels"``, see above.
         cut: what becomes of the learned masks. ``"soft"`` folds them into the weights, and prunes only channels at 0.
-            ``"mixed"`` folds them too, then prunes as many of the lowest as raise L_clean + L_u by ``slack`` at most.
-            ``"hard"`` folds nothing, and prunes as many of the lowest as give the lowest L_clean + L_u.
-        steps: Adam steps.
+            ``"mixed"`` folds them too, then prunes as many of those below 0.1 as raise L_clean + L_u by ``slack`` at
+            most. ``"hard"`` folds nothing, and prunes as many of the lowest as give the lowest L_clean + L_u.
+        steps: Adam steps, whose rate falls to zero along a cosine.
         learning_rate: of Adam.
         batch_size: clean images a step, with as many triggered ones.
-        sparsity: weight of Σ(1 − m), at least 0: what it costs to turn a channel down.
+        clean_weight: λ, how much more the answer to the clean image counts.
+        temperature: τ > 0, the larger, the more the victim's lesser answers count.
+        sparsity: weight of u·Σ(1 − m), at least 0: what it costs to turn a channel down.
+        augment: flip and shift the images in each step.
         slack: by how much ``"mixed"`` may raise L_clean + L_u, in nats.
         validate_every: steps from one validation to the next, each a round.
         accuracy_drop: α, the largest drop of accuracy on all clean images held, a fraction in (0, 1]: the last masks
             within it are taken, and no pruning beyond it.
-        finetune: fine-tune afterwards on clean and triggered images; ``True`` for 30 epochs at most, by the same
-            teacher, with a learning rate of 3e-3.
+        finetune: fine-tune afterwards on clean and triggered images; ``True`` for 10 epochs at most, by the same
+            teacher, with a learning rate of 1e-3.
 
     Raises:
         ValueError: if a hyper-parameter is out of range.
@@ -62,19 +73,24 @@ class MaskPrune(RepairMethod):
         'MaskPrune'
     """
 
+    needs_trigger = True
+
     def __init__(
         self,
         *,
         teacher: Teacher = "victim",
         cut: Literal["soft", "mixed", "hard"] = "mixed",
-        steps: int = 100,
+        steps: int = 60,
         learning_rate: float = 0.05,
-        batch_size: int = 64,
-        sparsity: float = 1e-3,
+        batch_size: int = 32,
+        clean_weight: float = 4.0,
+        temperature: float = 2.0,
+        sparsity: float = 1e-2,
+        augment: bool = True,
         slack: float = 0.02,
         validate_every: int = 10,
         accuracy_drop: float = 0.1,
-        finetune: bool | FineTuning = True,
+        finetune: bool | FineTuning = False,
     ) -> None:
         if teacher not in ("victim", "labels"):
             raise ValueError(f"teacher: expected 'victim' or 'labels', but got {teacher!r}.")
@@ -83,6 +99,8 @@ class MaskPrune(RepairMethod):
         check_range("steps", steps, 1, float("inf"))
         check_range("learning_rate", learning_rate, 0, float("inf"), open_low=True)
         check_range("batch_size", batch_size, 1, float("inf"))
+        check_range("clean_weight", clean_weight, 0, float("inf"))
+        check_range("temperature", temperature, 0, float("inf"), open_low=True)
         check_range("sparsity", sparsity, 0, float("inf"))
         check_range("slack", slack, 0, float("inf"))
         check_range("validate_every", validate_every, 1, float("inf"))
@@ -92,13 +110,23 @@ class MaskPrune(RepairMethod):
         self.steps = steps
         self.learning_rate = learning_rate
         self.batch_size = batch_size
+        self.clean_weight = clean_weight
+        self.temperature = temperature
         self.sparsity = sparsity
+        self.augment = augment
         self.slack = slack
         self.validate_every = validate_every
         self.accuracy_drop = accuracy_drop
         if finetune is True:
             finetune = FineTuning(
-                triggered=True, teacher=teacher, learning_rate=3e-3, max_epochs=30, accuracy_drop=accuracy_drop
+                triggered=True,
+                teacher=teacher,
+                learning_rate=1e-3,
+                batch_size=128,
+                patience=10,
+                max_epochs=10,
+                norms="frozen",
+                accuracy_drop=accuracy_drop,
             )
         self.finetune = finetune
 
@@ -113,22 +141,22 @@ class MaskPrune(RepairMethod):
 
     def _learn(self, task: RepairTask, floor: float) -> Generator[Round, None, Tensor]:
         """The last masks that leave accuracy at or above ``floor``."""
-        device = task.scoring.labels.device
-        masks = torch.ones(task.mask.total, device=device, requires_grad=True)
+        masks = torch.ones(task.mask.total, device=task.scoring.labels.device, requires_grad=True)
         optimizer = torch.optim.Adam([masks], lr=self.learning_rate)
-        wanted = task.wanted(self.teacher)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         history = [masks.detach().clone()]
-        for step, chosen in enumerate(self._batches(task), start=1):
+        for step, (pairs, wanted) in enumerate(self._lessons(task), start=1):
             with task.watch.measure("score"):
                 with task.mask.scaled(masks):
-                    loss = self._disagreement(task, task.scoring[chosen], wanted[chosen])
+                    loss, unlearned = self._disagreement(task, pairs, wanted)
                 if not loss.requires_grad:
                     raise ValueError(_NO_GRADIENT)
                 (gradient,) = torch.autograd.grad(loss, masks)
                 if step == 1:
                     _check_gradient(gradient)
-                masks.grad = gradient - self.sparsity
+                masks.grad = gradient - self.sparsity * unlearned
                 optimizer.step()
+                schedule.step()
                 with torch.no_grad():
                     masks.clamp_(0, 1)
             if step % self.validate_every == 0 or step == self.steps:
@@ -150,7 +178,7 @@ class MaskPrune(RepairMethod):
         if self.cut == "soft":
             return
         lowest_first = [task.mask.locate(index) for index in masks.argsort(stable=True).tolist()]
-        done, lowered = len(task.mask.pruned), int((masks < 1).sum())
+        done, lowered = len(task.mask.pruned), int((masks < (1 if self.cut == "hard" else _NEAR_ZERO)).sum())
         best_loss, kept = _loss(task.measure()), task.mask.steps
         allowed = best_loss + self.slack if self.cut == "mixed" else best_loss
         for count in _growing(done, lowered):
@@ -164,19 +192,37 @@ class MaskPrune(RepairMethod):
                 break  # one channel too many can be made good by the next, but not by so much
         task.mask.undo(task.mask.steps - kept)
 
-    def _disagreement(self, task: RepairTask, pairs: Pairs, wanted: Tensor) -> Tensor:
-        """D(x) + D(T(x)); for one-hot answers the divergence is the cross-entropy."""
+    def _disagreement(self, task: RepairTask, pairs: Pairs, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """λ·D(x) + D(T(x)), and the share of triggered images that are answered as wanted."""
+        scale = self.temperature if self.teacher == "victim" else 1.0
         logits = logits_of(task.forward, torch.cat([pairs.clean, pairs.triggered]))
-        return 2 * F.kl_div(logits.log_softmax(1), wanted.repeat(2, 1), reduction="batchmean")
+        # For one-hot answers the divergence is the cross-entropy.
+        clean, triggered = (
+            F.kl_div(part.log_softmax(1), wanted, reduction="batchmean") for part in (logits / scale).chunk(2)
+        )
+        answers = logits.detach().chunk(2)[1].argmax(1)
+        return scale * (self.clean_weight * clean + triggered), (answers == wanted.argmax(1)).float().mean()
 
-    def _batches(self, task: RepairTask) -> Iterator[Tensor]:
-        """Indices of ``steps`` batches, each epoch in a new order."""
+    def _lessons(self, task: RepairTask) -> Iterator[tuple[Pairs, Tensor]]:
+        """``steps`` batches with what to answer, (B, C) probabilities; each epoch in a new order."""
         generator, left = task.generator(), self.steps
         while left:
-            order = torch.randperm(len(task.scoring), generator=generator).to(task.scoring.labels.device)
-            for chosen in torch.split(order, self.batch_size)[:left]:
-                yield chosen
+            for chosen in batches(task, self.batch_size, generator):
+                pairs, wanted = task.scoring[chosen], task.wanted(self.teacher)[chosen]
+                if self.augment:
+                    images = flip_and_shift(pairs.clean, generator)
+                    with torch.no_grad(), task.watch.measure("score"):
+                        pairs = Pairs(images, task.trigger(images), pairs.labels, pairs.targets)
+                        if self.teacher == "victim":
+                            wanted = logits_of(task.forward, images).softmax(1)
+                yield pairs, self._softened(wanted)
                 left -= 1
+                if not left:
+                    break
+
+    def _softened(self, wanted: Tensor) -> Tensor:
+        """The victim's answers at the temperature: logits are known but for a constant."""
+        return wanted if self.teacher == "labels" else (wanted.log() / self.temperature).softmax(1)
 
 
 def _growing(low: int, high: int) -> list[int]:
