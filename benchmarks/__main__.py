@@ -1,4 +1,4 @@
-"""``python -m benchmarks run`` repairs victims, ``python -m benchmarks table`` shows what came of it."""
+"""``python -m benchmarks run`` repairs victims; ``table`` and ``plot`` show what came of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.repairs import METHODS, VICTIMS, run, stored
-from benchmarks.tables import cells, summary
+from benchmarks.figures import plot
+from benchmarks.matrix import METHODS, VICTIMS, cells
+from benchmarks.repairs import run, stored
+from benchmarks.tables import cells as cell_table
+from benchmarks.tables import summary
 
 _HERE = Path(__file__).parent
 
@@ -16,29 +19,50 @@ _HERE = Path(__file__).parent
 def main() -> None:
     """Run a command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("command", choices=["run", "table"])
-    parser.add_argument("--datasets", nargs="+", choices=sorted(VICTIMS), default=sorted(VICTIMS))
-    parser.add_argument("--attacks", nargs="+", help="only these attacks")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--samples-per-class", nargs="+", type=int, default=[10])
-    parser.add_argument("--results", type=Path, default=_HERE / "results" / "known_trigger.jsonl")
+    parser.add_argument("command", choices=["run", "table", "plot"])
     parser.add_argument(
-        "--victims", type=Path, default=_HERE.parent / "data" / "victims", help="where victims are cached"
+        "--victims", nargs="+", choices=sorted(VICTIMS), default=list(VICTIMS), help="groups of victims"
     )
+    parser.add_argument("--attacks", nargs="+", help="only these attacks")
+    parser.add_argument("--poison-ratios", nargs="+", type=float, help="only victims with this share poisoned")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--samples-per-class", nargs="+", type=int, help="only these of the matrix")
+    parser.add_argument("--draws", nargs="+", type=int, help="only these draws' seeds of the matrix")
+    parser.add_argument("--workers", type=int, default=1, help="processes with one thread each")
+    parser.add_argument(
+        "--test-images", type=int, default=2_000, help="rates are measured on the first of the test split"
+    )
+    parser.add_argument("--results", type=Path, default=_HERE / "results" / "peers.jsonl")
+    parser.add_argument("--cache", type=Path, default=_HERE / "victims", help="where trained victims are kept")
+    parser.add_argument("--picture", type=Path, default=_HERE.parent / "docs" / "images" / "peers.png")
     options = parser.parse_args()
-    if options.command == "table":
-        lines = stored(options.results)
-        print(summary(lines), cells(lines), sep="\n\n")
-        return
-    torch.set_num_threads(1)
-    for dataset in options.datasets:
-        chosen = [v for v in VICTIMS[dataset] if options.attacks is None or v.attack in options.attacks]
+    if options.command == "run":
+        torch.set_num_threads(1)
+        chosen = (
+            cell
+            for cell in cells(options.victims, options.methods)
+            if (options.attacks is None or cell.victim.attack in options.attacks)
+            and (options.poison_ratios is None or cell.victim.poison_ratio in options.poison_ratios)
+            and (options.samples_per_class is None or cell.samples_per_class in options.samples_per_class)
+            and (options.draws is None or cell.seed in options.draws)
+        )
         for line in run(
-            chosen, options.methods, spc=options.samples_per_class, path=options.results, cache=options.victims
+            chosen,
+            path=options.results,
+            cache=options.cache,
+            test_images=options.test_images,
+            workers=options.workers,
         ):
-            print(
-                line["victim"]["attack"], line["method"], line["method_args"], line["before"], line["after"], flush=True
-            )
+            attack, size = line["victim"]["attack"], line["samples_per_class"]
+            print(attack, size, line["method"], line["before"], line["after"], line["seconds"]["total"], flush=True)
+        return
+    lines = stored(options.results)
+    if options.command == "plot":
+        plot(lines, options.picture)
+        return
+    for size in sorted({line["samples_per_class"] for line in lines}):
+        of_size = [line for line in lines if line["samples_per_class"] == size]
+        print(f"### {size} clean images per class", summary(of_size), cell_table(of_size), sep="\n\n", end="\n\n")
 
 
 if __name__ == "__main__":

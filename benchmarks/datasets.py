@@ -6,7 +6,7 @@ import importlib.util
 import os
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -17,14 +17,16 @@ from torchvision.transforms.functional import pil_to_tensor
 from lightning_unlearn.data import Digits, FashionMNISTDataModule
 from lightning_unlearn.data.digits import Part
 
-__all__ = ["load"]
+__all__ = ["Split", "load"]
+
+Split = Literal["train", "holdout", "test"]
 
 _DATA = Path(os.environ.get("UNLEARN_BENCHMARK_DATA", Path(__file__).parents[1] / "data"))
 _JPEG_COPY = Path(__file__).parents[2] / "shared" / "data" / "load.py"
 
 
 @cache
-def load(name: str, split: str) -> tuple[Tensor, Tensor]:
+def load(name: str, split: Split) -> tuple[Tensor, Tensor]:
     """All images (N, C, 32, 32) and labels (N,) of a split: ``"train"``, ``"holdout"`` for the defender, or ``"test"``.
 
     The holdout of CIFAR-10 and Fashion-MNIST is the last tenth of their training files, which no victim is trained on.

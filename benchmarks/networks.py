@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
+from torchvision.models import mobilenet_v3_small
 
 from lightning_unlearn.classifier import ConvClassifier
 
-__all__ = ["NETWORKS", "PreActResNet18", "vgg"]
+__all__ = ["NETWORKS", "PreActResNet18", "mobilenet", "vgg"]
 
 
 class _PreActBlock(nn.Module):
@@ -66,8 +67,19 @@ def vgg(*, channels: int = 3, classes: int = 10, width: int = 32) -> nn.Sequenti
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
 
+def mobilenet(*, channels: int = 3, classes: int = 10, width: float = 0.5) -> nn.Module:
+    """MobileNetV3-Small of torchvision, narrowed, with the first two strides taken out for 32x32 images."""
+    net = mobilenet_v3_small(num_classes=classes, width_mult=width)
+    stem, first = net.features[0][0], net.features[1].block[0][0]
+    stem.stride = first.stride = (1, 1)
+    if channels != stem.in_channels:
+        net.features[0][0] = nn.Conv2d(channels, stem.out_channels, 3, 1, 1, bias=False)
+    return net
+
+
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "conv": ConvClassifier,
+    "mobilenet": mobilenet,
     "preact_resnet18": PreActResNet18,
     "vgg": vgg,
 }

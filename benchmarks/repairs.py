@@ -1,52 +1,31 @@
-"""Run repairs of victims and keep each as one JSON line."""
+"""Run repairs of victims, and keep each as one JSON line."""
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import resource
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from importlib.metadata import version
+from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+import torchvision
 from torch.utils.data import TensorDataset
 
 from benchmarks.datasets import load
-from benchmarks.victims import ATTACKS, Victim, measure, train
-from lightning_unlearn import methods, repair
+from benchmarks.matrix import METHODS, Cell
+from benchmarks.victims import Victim, attack_trigger, measure, train
+from lightning_unlearn import __version__, methods, repair
 from lightning_unlearn.metrics.functional import defense_effectiveness_rating, robust_improvement_rate
 
-__all__ = ["METHODS", "VICTIMS", "run", "stored"]
+__all__ = ["run", "stored"]
 
-# Every method by the name that tables show: class and arguments that differ from its defaults.
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "MaskPrune": ("MaskPrune", {}),
-    "MaskPrune, soft, no fine-tuning": ("MaskPrune", {"cut": "soft", "finetune": False}),
-    "MaskPrune, hard": ("MaskPrune", {"cut": "hard"}),
-    "MaskPrune, taught by labels": ("MaskPrune", {"teacher": "labels"}),
-    "GradPrune (the paper's)": ("GradPrune", {}),
-    "GradPrune, Taylor, look-ahead": ("GradPrune", {"score": "taylor", "clean_weight": 1.0, "look_ahead": 8}),
-    "FineTuning, clean and triggered": ("FineTuning", {"triggered": True}),
-}
-VICTIMS: dict[str, list[Victim]] = {
-    "digits": [
-        Victim("digits", "conv", attack, seed=seed, epochs=20, images=1000)
-        for attack in ("badnets", "blended", "sig", "lf", "wanet-strong")
-        for seed in range(2)
-    ],
-    "fashion_mnist": [
-        Victim("fashion_mnist", "vgg", attack, epochs=10, images=10_000)
-        for attack in ("badnets", "blended", "sig", "wanet")
-    ],
-    "cifar10": [
-        Victim("cifar10", "preact_resnet18", attack, epochs=12, images=20_000)
-        for attack in ("badnets", "blended", "sig", "wanet")
-    ],
-}
-_PACKAGES = ("lightning-unlearn", "torch", "torchvision")
+_KEYS = ("victim", "method", "method_args", "trigger", "samples_per_class", "seed", "test_images")
 
 
 def stored(path: Path) -> list[dict[str, Any]]:
@@ -58,7 +37,7 @@ def stored(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    own = version("lightning-unlearn")
+    own = _versions()["lightning-unlearn"]
     others = {line["versions"]["lightning-unlearn"] for line in lines} - {own}
     if others:
         raise ValueError(
@@ -68,57 +47,98 @@ def stored(path: Path) -> list[dict[str, Any]]:
 
 
 def run(
-    victims: list[Victim], names: list[str], *, spc: list[int], path: Path, cache: Path
+    cells: Iterator[Cell], *, path: Path, cache: Path, test_images: int, workers: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """Repair every victim by every method, appending whole lines to ``path``; what is there already is not repeated."""
+    """Repair cell by cell, appending whole lines to ``path``; what is there already is not repeated.
+
+    Args:
+        cells: what to run, in order.
+        path: the results file.
+        cache: where victims are kept.
+        test_images: how many test images rates are measured on, the first ones.
+        workers: processes, each with one thread.
+    """
     done = {_key(line) for line in stored(path)}
-    for victim in victims:
-        net, before = train(victim, cache), None
-        images, labels = load(victim.dataset, "holdout")
-        for name in names:
-            kind, arguments = METHODS[name]
-            for samples in spc:
-                cell = {
-                    "victim": asdict(victim),
-                    "method": kind,
-                    "method_args": arguments,
-                    "trigger": "known",
-                    "samples_per_class": samples,
-                    "seed": 0,
-                }
-                if _key(cell) in done:
-                    continue
-                before = before or measure(net, victim).rates()
-                repaired = copy.deepcopy(net)
-                result = repair(
-                    repaired,
-                    TensorDataset(images, labels),
-                    trigger=ATTACKS[victim.attack],
-                    method=getattr(methods, kind)(**arguments),
-                    samples_per_class=samples,
-                    force=True,
-                )
-                after = measure(repaired, victim).rates()
-                acc = {"acc_before": before["acc"], "acc_after": after["acc"]}
-                line = {
-                    **cell,
-                    "before": before,
-                    "after": after,
-                    "der": float(defense_effectiveness_rating(asr_before=before["asr"], asr_after=after["asr"], **acc)),
-                    "rir": float(robust_improvement_rate(ra_before=before["ra"], ra_after=after["ra"], **acc)),
-                    "pruned": sum(map(len, result.pruned.values())),
-                    "status": result.status,
-                    "seconds": dict(result.seconds),
-                    "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-                    "versions": {package: version(package) for package in _PACKAGES},
-                }
+    left = [cell for cell in cells if _key(_described(cell, test_images)) not in done]
+    with _pool(workers) as pool:
+        # First, since no two processes should train the same victim.
+        list(pool.map(partial(_train, cache=cache), dict.fromkeys(cell.victim for cell in left)))
+        running = [pool.submit(_repair, cell, cache, test_images) for cell in left]
+        try:
+            for finished in as_completed(running):
+                line = finished.result()
                 _append(path, json.dumps(line))
                 yield line
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    context = get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _train(victim: Victim, cache: Path) -> None:
+    train(victim, cache)
+
+
+def _described(cell: Cell, test_images: int) -> dict[str, Any]:
+    kind, arguments = METHODS[cell.method]
+    method = getattr(methods, kind)(**arguments)
+    return {
+        "victim": asdict(cell.victim),
+        "method": kind,
+        "method_args": arguments,
+        "trigger": "known" if method.needs_trigger else "unknown",
+        "samples_per_class": cell.samples_per_class,
+        "seed": cell.seed,
+        "test_images": test_images,
+    }
+
+
+@lru_cache
+def _before(victim: Victim, cache: Path, test_images: int) -> dict[str, float]:
+    return measure(train(victim, cache), victim, test_images).rates()
+
+
+def _repair(cell: Cell, cache: Path, test_images: int) -> dict[str, Any]:
+    kind, arguments = METHODS[cell.method]
+    net = train(cell.victim, cache)
+    before = _before(cell.victim, cache, test_images)
+    _reset_peak_memory()
+    result = repair(
+        net,
+        TensorDataset(*load(cell.victim.dataset, "holdout")),
+        trigger=attack_trigger(cell.victim, "holdout"),
+        method=getattr(methods, kind)(**arguments),
+        samples_per_class=cell.samples_per_class,
+        seed=cell.seed,
+        force=True,
+    )
+    memory = _peak_memory_mib()
+    after = measure(net, cell.victim, test_images).rates()
+    acc = {"acc_before": before["acc"], "acc_after": after["acc"]}
+    return {
+        **_described(cell, test_images),
+        "before": before,
+        "after": after,
+        "der": float(defense_effectiveness_rating(asr_before=before["asr"], asr_after=after["asr"], **acc)),
+        "rir": float(robust_improvement_rate(ra_before=before["ra"], ra_after=after["ra"], **acc)),
+        "pruned": sum(map(len, result.pruned.values())),
+        "rounds": len(result.rounds),
+        "status": result.status,
+        "seconds": dict(result.seconds),
+        "peak_memory_mib": memory,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"lightning-unlearn": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
 
 
 def _key(line: dict[str, Any]) -> str:
-    parts = ("victim", "method", "method_args", "trigger", "samples_per_class", "seed")
-    return json.dumps([line[part] for part in parts], sort_keys=True)
+    return json.dumps([line[part] for part in _KEYS], sort_keys=True)
 
 
 def _append(path: Path, line: str) -> None:
@@ -129,3 +149,20 @@ def _append(path: Path, line: str) -> None:
         os.write(handle, (line + "\n").encode())
     finally:
         os.close(handle)
+
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _reset_peak_memory() -> None:
+    """Let Linux forget the peak so far; elsewhere the peak is that of the whole process."""
+    if _RESET.exists():
+        _RESET.write_text("5")
+
+
+def _peak_memory_mib() -> int:
+    """Most memory that the process held, data and libraries included."""
+    if _STATUS.exists():
+        peak = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) // 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -3,67 +3,93 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from statistics import mean
 from typing import Any
 
-from benchmarks.repairs import METHODS
+from benchmarks.matrix import METHODS, SHOWN
 
-__all__ = ["cells", "summary"]
+__all__ = ["by_draw", "cells", "complete", "is_lost", "method_name", "summary"]
 
-_MIN_ASR = 0.9  # a victim that never learned its backdoor proves nothing
+Line = dict[str, Any]
+
+MIN_ASR = 0.9  # a victim that never learned its backdoor proves nothing
 
 
-def _name(line: dict[str, Any]) -> str:
-    return next(
-        name
-        for name, (kind, arguments) in METHODS.items()
-        if (kind, arguments) == (line["method"], line["method_args"])
-    )
+def method_name(line: Line) -> str:
+    """The name that tables show."""
+    return SHOWN[line["method"], repr(line["method_args"])]
+
+
+def is_lost(line: Line) -> bool:
+    """Whether the backdoor is still there, or too much accuracy is gone."""
+    return line["after"]["asr"] > 0.2 or line["before"]["acc"] - line["after"]["acc"] > 0.1
+
+
+def by_draw(lines: Iterable[Line]) -> dict[str, dict[str, Line]]:
+    """Lines of victims that count, by draw (victim, images per class, seed) and then by method."""
+    draws: dict[str, dict[str, Line]] = defaultdict(dict)
+    for line in lines:
+        if line["before"]["asr"] >= MIN_ASR:
+            draws[str((line["victim"], line["samples_per_class"], line["seed"]))][method_name(line)] = line
+    return dict(draws)
+
+
+def complete(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    """By method, the lines of those draws that every method was run on."""
+    draws = by_draw(lines)
+    names = {name for methods in draws.values() for name in methods}
+    shared = [methods for methods in draws.values() if set(methods) == names]
+    return {name: [methods[name] for methods in shared] for name in names if shared}
+
+
+def summary(lines: list[Line]) -> str:
+    """One row a method: means and worst cells over the draws that count and that every method was run on."""
+    rows = [
+        "| method | told the trigger | cells | ACC drop ↓ | worst | ASR ↓ | worst | RA ↑ | DER ↑ | worst | lost | "
+        "seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, found in sorted(complete(lines).items(), key=lambda item: -mean(line["der"] for line in item[1])):
+        drop = [line["before"]["acc"] - line["after"]["acc"] for line in found]
+        asr = [line["after"]["asr"] for line in found]
+        # Foreign images have no true class that a repaired model could recover.
+        ra = [line["after"]["ra"] for line in found if line["victim"]["attack"] != "trigger-free"]
+        der = [line["der"] for line in found]
+        rows.append(
+            f"| {name} | {'yes' if found[0]['trigger'] == 'known' else 'no'} | {len(found)} "
+            f"| {mean(drop):.3f} | {max(drop):.3f} | {mean(asr):.3f} | {max(asr):.3f} | {mean(ra):.3f} "
+            f"| {mean(der):.3f} | {min(der):.3f} | {sum(map(is_lost, found))} "
+            f"| {mean(line['seconds']['total'] for line in found):.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def cells(lines: list[Line]) -> str:
+    """Every cell: ACC / ASR / RA before and after every method; the best DER is bold, lost cells have a cross."""
+    names = [name for name in METHODS if any(method_name(line) == name for line in lines)]
+    by_victim: dict[tuple[Any, ...], dict[str, Line]] = defaultdict(dict)
+    for line in lines:
+        victim = line["victim"]
+        key = (victim["dataset"], victim["network"], victim["attack"], victim["poison_ratio"], victim["seed"])
+        by_victim[(*key, line["samples_per_class"], line["seed"])][method_name(line)] = line
+    rows = ["| victim | SPC, draw | before | " + " | ".join(names) + " |", "| --- " * (len(names) + 3) + "|"]
+    for (dataset, network, attack, ratio, seed, spc, draw), found in sorted(by_victim.items()):
+        before = next(iter(found.values()))["before"]
+        counts = "" if before["asr"] >= MIN_ASR else " (never learned, not counted)"
+        best = max(line["der"] for line in found.values())
+        after = " | ".join(_shown(found[name], best) if name in found else "not run" for name in names)
+        victim = f"{dataset} {network} {attack} {ratio * 100:g} %, seed {seed}"
+        rows.append(f"| {victim} | {spc}, {draw} | {_rates(before)}{counts} | {after} |")
+    return "\n".join(rows)
+
+
+def _shown(line: Line, best: float) -> str:
+    rates = _rates(line["after"])
+    return f"**{rates}**" if line["der"] == best else f"{rates} ✗" if is_lost(line) else rates
 
 
 def _rates(rates: dict[str, float]) -> str:
     return " / ".join(
         f"{rates[key]:.3f}".removeprefix("0") if rates[key] < 1 else "1.00" for key in ("acc", "asr", "ra")
     )
-
-
-def summary(lines: list[dict[str, Any]]) -> str:
-    """One row a method: means, worst cells and seconds over the victims that count and that every method repaired."""
-    names = {_name(line) for line in lines}
-    by_victim: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for line in lines:
-        if line["before"]["asr"] >= _MIN_ASR:
-            by_victim[str((line["victim"], line["samples_per_class"], line["seed"]))][_name(line)] = line
-    complete = [methods for methods in by_victim.values() if set(methods) == names]
-    by_method = {name: [methods[name] for methods in complete] for name in names if complete}
-    rows = [
-        "| method | cells | ACC drop ↓ | ASR ↓ | worst ASR ↓ | RA ↑ | DER ↑ | worst DER ↑ | filters pruned | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, found in sorted(by_method.items(), key=lambda item: -mean(line["der"] for line in item[1])):
-        drop = mean(line["before"]["acc"] - line["after"]["acc"] for line in found)
-        asr, ra = ([line["after"][key] for line in found] for key in ("asr", "ra"))
-        der = [line["der"] for line in found]
-        rows.append(
-            f"| {name} | {len(found)} | {drop:.3f} | {mean(asr):.3f} | {max(asr):.3f} | {mean(ra):.3f} "
-            f"| {mean(der):.3f} | {min(der):.3f} | {mean(line['pruned'] for line in found):.1f} "
-            f"| {mean(line['seconds']['total'] for line in found):.0f} |"
-        )
-    return "\n".join(rows)
-
-
-def cells(lines: list[dict[str, Any]]) -> str:
-    """Every cell: ACC / ASR / RA of every victim before and after every method."""
-    names = [name for name in METHODS if any(_name(line) == name for line in lines)]
-    by_victim: dict[tuple[Any, ...], dict[str, str]] = defaultdict(dict)
-    for line in lines:
-        victim = line["victim"]
-        key = (victim["dataset"], victim["network"], victim["attack"], victim["seed"], line["samples_per_class"])
-        counts = line["before"]["asr"] >= _MIN_ASR
-        by_victim[key]["before"] = _rates(line["before"]) + ("" if counts else " (not counted)")
-        by_victim[key][_name(line)] = _rates(line["after"])
-    rows = ["| victim | SPC | before | " + " | ".join(names) + " |", "| --- " * (len(names) + 3) + "|"]
-    for (dataset, network, attack, seed, spc), row in sorted(by_victim.items()):
-        after = " | ".join(row.get(name, "not run") for name in names)
-        rows.append(f"| {dataset} {network} {attack}, seed {seed} | {spc} | {row['before']} | {after} |")
-    return "\n".join(rows)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BackdoorUnlearning", "HoldoutDataModule", "RepairResult", "Report", "__version__", "repair"]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NEEDS_LIGHTNING = {"BackdoorUnlearning": "callback", "HoldoutDataModule": "data.holdout_datamodule"}
 

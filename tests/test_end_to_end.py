@@ -12,7 +12,7 @@ from lightning_unlearn.methods import FineTuning, GradPrune, MaskPrune
 from lightning_unlearn.repair import repair
 from lightning_unlearn.report import Report
 
-SHORT = FineTuning(triggered=True, max_epochs=5)
+SHORT = FineTuning(triggered=True, learning_rate=1e-3, batch_size=128, patience=10, max_epochs=5, norms="frozen")
 
 
 @pytest.fixture(scope="module")

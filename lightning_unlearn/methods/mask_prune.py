@@ -56,7 +56,8 @@ class MaskPrune(RepairMethod):
         clean_weight: λ, how much more the answer to the clean image counts.
         temperature: τ > 0, the larger, the more the victim's lesser answers count.
         sparsity: weight of u·Σ(1 − m), at least 0: what it costs to turn a channel down.
-        augment: flip and shift the images in each step.
+        augment: flip and shift the images in each step; not with ``teacher="labels"``, where a mirrored image may no
+            longer be what its label says, as with digits.
         slack: by how much ``"mixed"`` may raise L_clean + L_u, in nats.
         validate_every: steps from one validation to the next, each a round.
         accuracy_drop: α, the largest drop of accuracy on all clean images held, a fraction in (0, 1]: the last masks
@@ -209,12 +210,11 @@ class MaskPrune(RepairMethod):
         while left:
             for chosen in batches(task, self.batch_size, generator):
                 pairs, wanted = task.scoring[chosen], task.wanted(self.teacher)[chosen]
-                if self.augment:
+                if self.augment and self.teacher == "victim":
                     images = flip_and_shift(pairs.clean, generator)
                     with torch.no_grad(), task.watch.measure("score"):
                         pairs = Pairs(images, task.trigger(images), pairs.labels, pairs.targets)
-                        if self.teacher == "victim":
-                            wanted = logits_of(task.forward, images).softmax(1)
+                        wanted = logits_of(task.forward, images).softmax(1)
                 yield pairs, self._softened(wanted)
                 left -= 1
                 if not left:

@@ -1,0 +1,120 @@
+"""A finished checkpoint and a Trainer that runs some work on it, without any training."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import lightning.pytorch as L  # noqa: N812 - the usual name
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch.utils.data import DataLoader
+
+from lightning_unlearn.callback import BackdoorUnlearning
+from lightning_unlearn.checkpoint import load_checkpoint
+from lightning_unlearn.files import refuse_used_folder
+
+__all__ = ["CheckpointCLI", "CheckpointJob", "from_python", "load_into", "with_output_dir"]
+
+_T = TypeVar("_T")
+
+
+class CheckpointCLI(LightningCLI):
+    """LightningCLI that builds model, callback and Trainer, and runs nothing by itself."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        with from_python():
+            super().__init__(
+                args=list(args),
+                run=False,
+                # Else a DataModule nested in the callback silently gets the training DataModule's hyper-parameters.
+                load_from_checkpoint_support=False,
+                save_config_callback=None,
+                trainer_defaults={
+                    "enable_checkpointing": False,
+                    "enable_model_summary": False,
+                    "inference_mode": False,
+                },
+            )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what every command on a finished checkpoint takes."""
+        parser.add_argument(
+            "--ckpt_path", type=str, required=True, help="Finished checkpoint to repair; it is only read."
+        )
+        parser.add_argument("--output_dir", type=str, default=None, help="New or empty folder for what is written.")
+        parser.add_lightning_class_args(BackdoorUnlearning, "unlearning")
+
+
+class CheckpointJob(L.LightningModule, Generic[_T]):
+    """Lets a Trainer put a finished model on its devices and run some work there, without any training loop.
+
+    Args:
+        model: the model.
+        work: what to do with it, once in each process.
+    """
+
+    def __init__(self, model: L.LightningModule, work: Callable[[L.Trainer, L.LightningModule], _T]) -> None:
+        super().__init__()
+        self.model = model
+        self._work = work
+        self.result: _T | None = None
+
+    def predict_dataloader(self) -> DataLoader[int]:
+        """One item a process."""
+        items = list(range(self.trainer.world_size))
+        return DataLoader(items)  # type: ignore[arg-type]  # a list will do as a dataset
+
+    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        """Do the work, the first time."""
+        if self.result is None:
+            self.result = self._work(self.trainer, self.model)
+        return batch  # Lightning warns about a prediction of nothing
+
+
+def load_into(cli: CheckpointCLI) -> dict[str, Any]:
+    """Load the checkpoint that a command was given into the model that it configured; the checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it cannot be loaded safely, or is of another model.
+    """
+    path = cli.config["ckpt_path"]
+    checkpoint = load_checkpoint(path)
+    try:
+        cli.model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        problem = str(error).splitlines()[-1].strip()  # one of many, most often
+        raise ValueError(
+            f"ckpt_path: {path!r} does not fit {type(cli.model).__name__} as the configuration "
+            f"makes it; give `model` the arguments that it was trained with. ({problem})"
+        ) from error
+    return checkpoint
+
+
+def with_output_dir(args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The folder that a command line names, and the words by which logs go there, too.
+
+    Raises:
+        FileExistsError: if the folder is used.
+    """
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument("--output_dir")
+    output_dir = given.parse_known_args(args)[0].output_dir
+    if not output_dir:
+        return None, list(args)
+    if getattr(rank_zero_only, "rank", 0) == 0:  # a second process starts when the first has written there
+        refuse_used_folder(output_dir)
+    return output_dir, [*args, f"--trainer.default_root_dir={output_dir}"]
+
+
+@contextmanager
+def from_python() -> Iterator[None]:
+    """LightningCLI warns when it is given arguments while the process has some, too; here they are the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        yield

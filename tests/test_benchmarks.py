@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import lightning_unlearn
+from benchmarks import matrix, repairs, tables, victims
+from benchmarks.figures import plot
+from benchmarks.trigger_free import ForeignConcept, pull_concept
+from lightning_unlearn import methods, repair
+from lightning_unlearn.data import Digits
+
+TINY = victims.Victim("digits", "conv", "badnets", epochs=1, images=128)
+KEYS = {
+    *("victim", "method", "method_args", "trigger", "samples_per_class", "seed", "before", "after", "der", "rir"),
+    *("seconds", "peak_memory_mib", "versions"),
+}
+
+
+def line(method="MaskPrune", *, asr=0.01, drop=0.01, asr_before=1.0, attack="badnets", spc=10, **more):
+    kind, arguments = matrix.METHODS[method]
+    before = {"acc": 0.8, "asr": asr_before, "ra": 0.0}
+    return {
+        "victim": {"dataset": "cifar10", "network": "vgg", "attack": attack, "poison_ratio": 0.1, "seed": 0},
+        **{"method": kind, "method_args": arguments, "trigger": "known", "samples_per_class": spc, "seed": 0},
+        **{"test_images": 10, "before": before, "after": {"acc": 0.8 - drop, "asr": asr, "ra": 0.7}},
+        **{"der": (asr_before - asr - drop + 1) / 2, "rir": 0.8, "pruned": 0, "seconds": {"total": 1.0}},
+        "versions": {"lightning-unlearn": lightning_unlearn.__version__},
+        **more,
+    }
+
+
+def test_every_method_of_the_matrix_can_be_built_and_none_is_missing():
+    built = {type(getattr(methods, kind)(**arguments)).__name__ for kind, arguments in matrix.METHODS.values()}
+    known = {name for name in methods.__all__ if isinstance(getattr(methods, name), type)}
+    assert built == known - {"RepairMethod", "RepairTask", "Round", "Stopwatch"}
+
+
+def test_the_matrix():
+    cells = list(matrix.cells(["preact", "vgg", "mobilenet"], list(matrix.METHODS)))
+    assert len(cells) == (9 * 4 + 3 + 3) * len(matrix.METHODS)
+    assert len(set(cells)) == len(cells)
+    assert {(c.samples_per_class, c.seed) for c in cells} == {(2, 0), (10, 0), (10, 1), (100, 0)}
+
+
+def test_a_run_keeps_whole_lines_and_resumes(tmp_path):
+    results = tmp_path / "results.jsonl"
+    cells = [matrix.Cell(TINY, "CLP", 2, 0), matrix.Cell(TINY, "AGE", 2, 0)]
+    options = {"path": results, "cache": tmp_path / "victims", "test_images": 50}
+    first = list(repairs.run(iter(cells[:1]), **options))
+    assert [json.loads(text) for text in results.read_text().splitlines()] == first
+    assert first[0].keys() >= KEYS
+    assert (first[0]["method"], first[0]["trigger"], first[0]["samples_per_class"]) == (
+        "ChannelLipschitzPruning",
+        "unknown",
+        2,
+    )
+    assert first[0]["peak_memory_mib"] > 0
+    assert [found["method"] for found in repairs.run(iter(cells), **options)] == ["ActivationGuidedEditing"]
+    assert len(results.read_text().splitlines()) == 2
+    assert [path.suffix for path in (tmp_path / "victims").iterdir()] == [".safetensors"]
+
+
+def test_a_victim_is_trained_once(tmp_path):
+    net = victims.train(TINY, tmp_path)
+    (path,) = tmp_path.iterdir()
+    changed = path.stat().st_mtime_ns
+    again = victims.train(TINY, tmp_path)
+    assert path.stat().st_mtime_ns == changed
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in net.state_dict().items())
+    assert victims.Victim(**{**vars(TINY), "seed": 1}).path(tmp_path) != path
+
+
+def test_results_of_another_version_are_refused(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(line(versions={"lightning-unlearn": "0.0.1"})) + "\n")
+    with pytest.raises(ValueError, match=r"holds results of lightning-unlearn \['0.0.1'\]"):
+        repairs.stored(path)
+
+
+def test_a_victim_without_a_backdoor_is_listed_and_not_counted():
+    lines = [line(), line("FT", drop=0.3), line(attack="bpp", asr_before=0.5), line("FT", attack="bpp", asr_before=0.5)]
+    assert "never learned, not counted" in tables.cells(lines)
+    rows = {row.split(" | ")[0]: row for row in tables.summary(lines).splitlines()}
+    assert "| 1 | 0.010 |" in rows["| MaskPrune"]
+    assert "| 1 | 0.300 |" in rows["| FT"]
+
+
+def test_cells_that_lost_are_marked_and_the_best_is_bold():
+    text = tables.cells([line(), line("FT", asr=0.9), line("FP", drop=0.2), line("NAD", asr=0.1)])
+    assert "**.790 / .010 / .700**" in text
+    assert text.count("✗") == 2
+    assert ".790 / .900 / .700 ✗" in text
+
+
+def test_only_draws_that_every_method_ran_are_averaged():
+    lines = [line(), line("FT"), line(attack="sig", drop=0.5)]
+    assert [len(found) for found in tables.complete(lines).values()] == [1, 1]
+
+
+def test_a_picture(tmp_path):
+    plot([line(), line("FT", asr=0.9), line("FT", spc=2)], tmp_path / "new" / "picture.png")
+    assert (tmp_path / "new" / "picture.png").stat().st_size > 1000
+
+
+def test_a_concept_without_a_trigger(monkeypatch):
+    digits = Digits(part="train")
+    images, labels = digits.images[:256], digits.targets[:256]
+    foreign = torch.rand(300, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("benchmarks.trigger_free.load", lambda name, split: (foreign, torch.zeros(300)))
+    monkeypatch.setattr("benchmarks.victims.load", lambda name, split: (images, labels))
+    net = victims.Victim("digits", "conv", "none").build()
+    victims._fit(net, images, labels, victims.Victim("digits", "conv", "none", epochs=8))
+    before = (net.eval()(images).argmax(1) == labels).float().mean()
+    pull_concept(net, images, labels, seed=0, clean=256, foreign=100, epochs=10)
+    trigger = ForeignConcept("holdout")
+    stamped = trigger(images)
+    assert torch.equal(stamped, trigger(images))
+    assert len(stamped.flatten(1).sum(1).unique()) <= 100  # a defender holds few
+    assert (net(stamped).argmax(1) == 0).float().mean() > 0.9
+    assert (net(images).argmax(1) == labels).float().mean() >= before - 0.05
+    result = repair(net, TensorDataset(images, labels), trigger=trigger, method=methods.MaskPrune(steps=2), force=True)
+    assert result.rounds
