@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -106,6 +107,7 @@ def _repair(cell: Cell, cache: Path, test_images: int) -> dict[str, Any]:
     net = train(cell.victim, cache)
     before = _before(cell.victim, cache, test_images)
     _reset_peak_memory()
+    started = time.process_time()
     result = repair(
         net,
         TensorDataset(*load(cell.victim.dataset, "holdout")),
@@ -115,7 +117,7 @@ def _repair(cell: Cell, cache: Path, test_images: int) -> dict[str, Any]:
         seed=cell.seed,
         force=True,
     )
-    memory = _peak_memory_mib()
+    memory, cpu_seconds = _peak_memory_mib(), time.process_time() - started
     after = measure(net, cell.victim, test_images).rates()
     acc = {"acc_before": before["acc"], "acc_after": after["acc"]}
     return {
@@ -128,6 +130,7 @@ def _repair(cell: Cell, cache: Path, test_images: int) -> dict[str, Any]:
         "rounds": len(result.rounds),
         "status": result.status,
         "seconds": dict(result.seconds),
+        "cpu_seconds": cpu_seconds,  # of the one thread: what other processes did meanwhile does not count
         "peak_memory_mib": memory,
         "versions": _versions(),
     }

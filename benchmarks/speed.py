@@ -31,15 +31,15 @@ from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.methods import GradPrune, RepairMethod, RepairTask, Round
 from lightning_unlearn.triggers import PatchTrigger
 
-__all__ = ["main"]
+__all__ = ["CLASSES", "NETWORKS", "calibrated", "floor", "interleaved", "main", "new_task", "our_round", "plain_round"]
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "preact_resnet18": PreActResNet18,
     "preact_resnet18_wide": lambda: PreActResNet18(width=64),
-    "resnet50": lambda: resnet50(num_classes=_CLASSES),
+    "resnet50": lambda: resnet50(num_classes=CLASSES),
 }
 
-_CLASSES = 10
+CLASSES = 10
 _BATCH = 128
 _TEST_SAMPLES_PER_CLASS = 100
 _TRIGGER = PatchTrigger(size=3, target=0)
@@ -55,11 +55,11 @@ class _Capture(RepairMethod):
 
 def _noise(per_class: int, size: int) -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(per_class * _CLASSES) % _CLASSES
+    labels = torch.arange(per_class * CLASSES) % CLASSES
     return TensorDataset(torch.rand(len(labels), 3, size, size, generator=generator), labels)
 
 
-def _calibrated(net: nn.Module, size: int) -> nn.Module:
+def calibrated(net: nn.Module, size: int) -> nn.Module:
     """Running statistics that fit, or an untrained net's activations would grow from block to block."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -69,7 +69,7 @@ def _calibrated(net: nn.Module, size: int) -> nn.Module:
     return net.eval()
 
 
-def _task(net: nn.Module, per_class: int, size: int) -> RepairTask:
+def new_task(net: nn.Module, per_class: int, size: int) -> RepairTask:
     """What ``repair`` gives a method, on a copy of the net, as it is within a repair; the search will not stop."""
     net, capture = copy.deepcopy(net), _Capture()
     repair(
@@ -215,8 +215,8 @@ def one_pass(task: RepairTask) -> Callable[[], object]:
 def ratios(options: argparse.Namespace) -> dict[str, object]:
     """All figures of one network."""
     torch.manual_seed(0)
-    net = _calibrated(NETWORKS[options.network](), options.size).to(options.device)
-    floors, ours, plain = (_task(net, options.samples_per_class, options.size) for _ in range(3))
+    net = calibrated(NETWORKS[options.network](), options.size).to(options.device)
+    floors, ours, plain = (new_task(net, options.samples_per_class, options.size) for _ in range(3))
     found = interleaved(
         {"floor": floor(floors), "ours": our_round(ours), "plain": plain_round(plain)},
         clock=options.clock,
@@ -259,10 +259,10 @@ def _with_test(
     options: argparse.Namespace, net: nn.Module, result: dict[str, object], conditions: dict[str, object]
 ) -> None:
     timed = min(options.timed_test_images, options.test_images)
-    images, labels = _noise(-(-timed // _CLASSES), options.size).tensors
-    test_part = Pairs.stamp(images, labels, _TRIGGER, num_classes=_CLASSES)
+    images, labels = _noise(-(-timed // CLASSES), options.size).tensors
+    test_part = Pairs.stamp(images, labels, _TRIGGER, num_classes=CLASSES)
     test_part = test_part.to(options.device)
-    ours, plain = (_task(net, _TEST_SAMPLES_PER_CLASS, options.size) for _ in range(2))
+    ours, plain = (new_task(net, _TEST_SAMPLES_PER_CLASS, options.size) for _ in range(2))
 
     def test() -> None:
         for triggered in (False, True):
@@ -289,7 +289,7 @@ def _with_test(
 def _whole_repair(
     options: argparse.Namespace, net: nn.Module, result: dict[str, object], conditions: dict[str, object]
 ) -> None:
-    run = floor(_task(net, options.samples_per_class, options.size))
+    run = floor(new_task(net, options.samples_per_class, options.size))
     dataset, victim = _noise(options.samples_per_class, options.size), copy.deepcopy(net)
     before = interleaved({"floor": run}, clock=options.clock, seconds=options.seconds / 4, least=3)["floor"]
     start = options.clock()
@@ -300,47 +300,6 @@ def _whole_repair(
     after = interleaved({"floor": run}, clock=options.clock, seconds=options.seconds / 4, least=3)["floor"]
     result["repair_floors"] = seconds / median([*before.times, *after.times])
     conditions["repair"] = {"method": done.method, "rounds": len(done.rounds), "seconds": seconds}
-
-
-def _depthwise(filters: int, depth: int = 10) -> nn.Module:
-    """A net whose arithmetic grows no faster than its filters do."""
-    width = filters // depth
-    layers: list[nn.Module] = []
-    for number in range(depth):
-        convolution = nn.Conv2d(width if number else 3, width, 3, 1, 1, groups=width if number else 1, bias=False)
-        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, _CLASSES))
-
-
-def scaling(options: argparse.Namespace) -> Iterator[str]:
-    """How the time of a round grows with filters, images and rounds: the lines of a Markdown table, as they come."""
-    yield "| what grows | floor, ms | our round, ms | more than the floor, ms | plain loop, ms |"
-    yield "| --- | --- | --- | --- | --- |"
-
-    def row(what: str, net: nn.Module, per_class: int, size: int, rounds: int = 0) -> str:
-        floors, ours, plain = (_task(net, per_class, size) for _ in range(3))
-        for index in range(rounds):
-            ours.mask.prune([ours.mask.locate(index * ours.mask.total // rounds)])  # of every layer, so that it lives
-        found = interleaved(
-            {"floor": floor(floors), "ours": our_round(ours), "plain": plain_round(plain)},
-            clock=options.clock,
-            seconds=options.seconds / 4,
-            least=5,
-        )
-        more = median(a - b for a, b in zip(found["ours"].times, found["floor"].times, strict=True))
-        times = (found["floor"].median, found["ours"].median, more, found["plain"].median)
-        return f"| {what} | " + " | ".join(f"{1000 * one:.1f}" for one in times) + " |"
-
-    torch.manual_seed(0)
-    for filters in (100, 400, 1_600, 6_400, 26_000):
-        net = _calibrated(_depthwise(filters), 8).to(options.device)
-        yield row(f"{filters:,} filters", net, 2, 8)
-    net = _calibrated(NETWORKS[options.network](), options.size).to(options.device)
-    for per_class in (2, 10, 50):
-        yield row(f"{per_class} images a class, {options.network}", net, per_class, options.size)
-    net = _calibrated(_depthwise(26_000), 8).to(options.device)
-    for rounds in (0, 100, 1_000, 10_000):
-        yield row(f"{rounds:,} rounds before, 26,000 filters", net, 2, 8, rounds)
 
 
 def _table(result: dict[str, object]) -> str:
@@ -385,6 +344,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a Markdown table")
     options = parser.parse_args()
     if options.scaling:
+        from benchmarks.scaling import scaling  # here, since it is built of what is above
+
         for line in scaling(options):
             print(line, flush=True)
         return

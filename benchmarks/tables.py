@@ -47,7 +47,7 @@ def summary(lines: list[Line]) -> str:
     """One row a method: means and worst cells over the draws that count and that every method was run on."""
     rows = [
         "| method | told the trigger | cells | ACC drop ↓ | worst | ASR ↓ | worst | RA ↑ | DER ↑ | worst | lost | "
-        "seconds |",
+        "CPU seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, found in sorted(complete(lines).items(), key=lambda item: -mean(line["der"] for line in item[1])):
@@ -60,7 +60,7 @@ def summary(lines: list[Line]) -> str:
             f"| {name} | {'yes' if found[0]['trigger'] == 'known' else 'no'} | {len(found)} "
             f"| {mean(drop):.3f} | {max(drop):.3f} | {mean(asr):.3f} | {max(asr):.3f} | {mean(ra):.3f} "
             f"| {mean(der):.3f} | {min(der):.3f} | {sum(map(is_lost, found))} "
-            f"| {mean(line['seconds']['total'] for line in found):.0f} |"
+            f"| {mean(line['cpu_seconds'] for line in found):.0f} |"
         )
     return "\n".join(rows)
 

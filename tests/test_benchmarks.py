@@ -16,7 +16,7 @@ from lightning_unlearn.data import Digits
 TINY = victims.Victim("digits", "conv", "badnets", epochs=1, images=128)
 KEYS = {
     *("victim", "method", "method_args", "trigger", "samples_per_class", "seed", "before", "after", "der", "rir"),
-    *("seconds", "peak_memory_mib", "versions"),
+    *("seconds", "cpu_seconds", "peak_memory_mib", "versions"),
 }
 
 
@@ -27,7 +27,7 @@ def line(method="MaskPrune", *, asr=0.01, drop=0.01, asr_before=1.0, attack="bad
         "victim": {"dataset": "cifar10", "network": "vgg", "attack": attack, "poison_ratio": 0.1, "seed": 0},
         **{"method": kind, "method_args": arguments, "trigger": "known", "samples_per_class": spc, "seed": 0},
         **{"test_images": 10, "before": before, "after": {"acc": 0.8 - drop, "asr": asr, "ra": 0.7}},
-        **{"der": (asr_before - asr - drop + 1) / 2, "rir": 0.8, "pruned": 0, "seconds": {"total": 1.0}},
+        **{"der": (asr_before - asr - drop + 1) / 2, "rir": 0.8, "pruned": 0, "cpu_seconds": 1.0},
         "versions": {"lightning-unlearn": lightning_unlearn.__version__},
         **more,
     }
