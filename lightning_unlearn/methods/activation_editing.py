@@ -41,7 +41,7 @@ class ActivationGuidedEditing(RepairMethod):
     the channel *could* be driven: with u the bound on what it emits as long as its inputs stay in the range that clean
     images bring about, and a the largest that it emits for any of them, both above its mean,
 
-        z = (log u/a − median) / (1.4826 · median |log u/a − median|)     medians over the layer's channels
+        z = (log u/a − median) / (1.4826 · median abs(log u/a − median))     medians over the layer's channels
 
     *Edit.* A channel with z above a limit τ is scaled by τ/z, which cuts down to the limit what exceeds it. All
     convolutions come first. With the trigger, z is then measured anew on the inputs of the last linear layer, whose

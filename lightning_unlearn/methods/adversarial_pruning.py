@@ -25,7 +25,7 @@ class AdversarialNeuronPruning(RepairMethod):
     backdoor's neurons are the most sensitive. With masks m ∈ [0, 1] on γ of the norms that consume a convolution, one
     a channel, and noise δ_γ, δ_β, the model computes with γ·(m + δ_γ) and β·(1 + δ_β), and
 
-        min over m of   λ·L(m) + (1 − λ) · max over |δ| ≤ ε of L(m, δ)
+        min over m of   λ·L(m) + (1 − λ) · max over abs(δ) ≤ ε of L(m, δ)
 
     is sought, where L is the cross-entropy of clean images and λ is ``clean_weight``. Each step draws a batch, starts
     the noise anew, lets one sign-gradient step of size ε, clamped to ±ε, raise L(m, δ), and takes one step of SGD with

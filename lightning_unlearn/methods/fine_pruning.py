@@ -22,8 +22,8 @@ __all__ = ["FinePruning"]
 class FinePruning(RepairMethod):
     """FP after Liu et al. (2018), arXiv 1805.12185: prune what clean images hardly activate, then fine-tune.
 
-    The inputs of the last linear layer are ranked by a_c = mean |input c| over the clean scoring images, which after a
-    ReLU is the mean activation, and are cut off from the lowest up, a ``step`` of them at a time, for as long as
+    The inputs of the last linear layer are ranked by a_c = mean abs(input c) over the clean scoring images, which after
+    a ReLU is the mean activation, and are cut off from the lowest up, a ``step`` of them at a time, for as long as
 
         (acc before − acc) / acc before ≤ ``relative_drop``    on the clean validation images;
 

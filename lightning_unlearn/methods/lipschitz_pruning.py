@@ -20,7 +20,7 @@ class ChannelLipschitzPruning(RepairMethod):
     A channel that a small trigger can switch has a large Lipschitz constant. For filter c of a convolution that a
     BatchNorm with γ and running variance v consumes, it is bounded by
 
-        B_c = σ_max(W_c) · |γ_c| / √(v_c + eps)
+        B_c = σ_max(W_c) · abs(γ_c) / √(v_c + eps)
 
     with W_c the filter reshaped to (inputs, kernel entries) and σ_max the largest singular value. In every layer the
     channels with B_c > mean + ``threshold`` · std of the layer's bounds are pruned, all layers at once, in one round.

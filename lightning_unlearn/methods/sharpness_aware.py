@@ -23,7 +23,7 @@ class SharpnessAwareFineTuning(RepairMethod):
     gradient at the worst neighbour w + ε within an ellipsoid that is widest along large weights, that of adaptive
     sharpness-aware minimisation (Kwon et al., 2021, arXiv 2102.11600):
 
-        ε = rho · w² ∇L(w) / ‖ |w| ∇L(w) ‖₂,    w ← SGD(w, ∇L(w + ε))
+        ε = rho · w² ∇L(w) / ‖ abs(w) ∇L(w) ‖₂,    w ← SGD(w, ∇L(w + ε))
 
     where products are element by element and the norm runs over all parameters, biases and norms included. A weight of
     zero is not perturbed, so pruned filters stay pruned in both passes. L is the cross-entropy with smoothed labels.
