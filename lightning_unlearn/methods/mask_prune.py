@@ -18,8 +18,7 @@ from lightning_unlearn.methods.training import batches
 
 __all__ = ["MaskPrune"]
 
-_NEAR_ZERO = 0.1  # what "mixed" may prune; beyond it a channel still works
-
+_LARGELY_OFF = 0.5  # what "mixed" may prune: beyond it, few images do not show what a channel is still good for
 _NO_GRADIENT = (
     "model: the unlearning loss has no gradient in any filter (all are zero), so no mask can be learned; check that "
     "logits depend on the convolutions and are not detached or saturated."
@@ -48,7 +47,7 @@ class MaskPrune(RepairMethod):
     Args:
         teacher: ``"victim"`` or ``"labels"``, see above.
         cut: what becomes of the learned masks. ``"soft"`` folds them into the weights, and prunes only channels at 0.
-            ``"mixed"`` folds them too, then prunes as many of those below 0.1 as raise L_clean + L_u by ``slack`` at
+            ``"mixed"`` folds them too, then prunes as many of those below 0.5 as raise L_clean + L_u by ``slack`` at
             most. ``"hard"`` folds nothing, and prunes as many of the lowest as give the lowest L_clean + L_u.
         steps: Adam steps, whose rate falls to zero along a cosine.
         learning_rate: of Adam.
@@ -179,7 +178,7 @@ class MaskPrune(RepairMethod):
         if self.cut == "soft":
             return
         lowest_first = [task.mask.locate(index) for index in masks.argsort(stable=True).tolist()]
-        done, lowered = len(task.mask.pruned), int((masks < (1 if self.cut == "hard" else _NEAR_ZERO)).sum())
+        done, lowered = len(task.mask.pruned), int((masks < (1 if self.cut == "hard" else _LARGELY_OFF)).sum())
         best_loss, kept = _loss(task.measure()), task.mask.steps
         allowed = best_loss + self.slack if self.cut == "mixed" else best_loss
         for count in _growing(done, lowered):

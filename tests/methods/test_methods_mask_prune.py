@@ -209,7 +209,7 @@ def test_soft(new_task, name):
 @pytest.mark.parametrize("slack", [0.0, 0.05, 1e9])
 @pytest.mark.parametrize("name", ["preact", "plain"])
 def test_mixed(new_task, name, slack):
-    # 1e9: the loss may rise as it likes, so that all that is near zero goes.
+    # 1e9: the loss may rise as it likes, so that all that is less than half there goes.
     soft, mixed = new_task(name), new_task(name)
     list(learn(cut="soft").repair(soft))
     list(learn(cut="mixed", slack=slack).repair(mixed))
@@ -222,7 +222,7 @@ def test_mixed(new_task, name, slack):
     losses = [now.loss + now.unlearning_loss for now in (soft.measure(), mixed.measure())]
     assert losses[1] <= losses[0] + slack + 1e-6
     if slack == 1e9:
-        assert pruned == {pick for pick, factor in before.items() if factor < 0.1}
+        assert pruned == {pick for pick, factor in before.items() if factor < 0.5}
 
 
 @pytest.mark.parametrize("name", NETS)
