@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 - the usual name
+from torch.utils.data import TensorDataset
 
 from lightning_unlearn.filters import find_filters
 from lightning_unlearn.methods import FineTuning, MaskPrune
@@ -162,12 +163,30 @@ def test_images_are_flipped_and_shifted_before_the_trigger(new_task):
     list(learn(cut="soft", steps=2).repair(task))
     assert not task.trigger.seen
     list(learn(cut="soft", steps=2, augment=True).repair(task))
-    assert len(task.trigger.seen) == 2
-    assert not torch.equal(*task.trigger.seen)
+    assert len(task.trigger.seen) == 4  # the scoring part, the validation part, and two steps
+    assert not torch.equal(*task.trigger.seen[2:])
     list(learn(cut="soft", steps=2, augment=True, teacher="labels").repair(task))
-    assert len(task.trigger.seen) == 2  # a mirrored image may not be what its label says
+    assert len(task.trigger.seen) == 4  # a mirrored image may not be what its label says
     known = {image.sum().item() for image in task.scoring.clean}
-    assert not {image.sum().item() for image in task.trigger.seen[0]} <= known  # shifted, not only turned
+    assert not {image.sum().item() for image in task.trigger.seen[2]} <= known  # shifted, not only turned
+
+
+def test_images_are_left_as_they_are_where_the_victim_does_not_bear_it(hand_victim, make_task):
+    # Turned by 90 degrees, its classes are columns of light, which a mirror exchanges.
+    images, labels = (part.clone() for part in hand_victim.clean.tensors)
+    with torch.no_grad():
+        hand_victim.net[0].weight.copy_(hand_victim.net[0].weight.transpose(2, 3).clone())
+    clean = TensorDataset(images.transpose(2, 3).contiguous(), labels)
+    task = make_task(hand_victim.net, clean, hand_victim.trigger)
+    assert task.measure().acc == 1
+    state = copy.deepcopy(task.model.state_dict())
+    found = []
+    for augment in (True, False):
+        task.model.load_state_dict(state)
+        list(learn(cut="soft", steps=3, augment=augment, accuracy_drop=0.1).repair(task))
+        found.append(torch.cat([p.detach().flatten() for p in task.model.parameters()]))
+        task.mask.undo(task.mask.steps)
+    assert torch.equal(*found)
 
 
 def test_the_victims_answers_need_no_labels(new_task):
