@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from statistics import mean
 from typing import Any
@@ -36,15 +36,16 @@ def by_draw(lines: Iterable[Line]) -> dict[str, dict[str, Line]]:
 
 
 def complete(lines: Iterable[Line]) -> dict[str, list[Line]]:
-    """By method, the lines of those draws that every method was run on."""
+    """By method, the lines of the draws that all methods share; methods that were run on fewer draws are left out."""
     draws = by_draw(lines)
-    names = {name for methods in draws.values() for name in methods}
-    shared = [methods for methods in draws.values() if set(methods) == names]
+    counts = Counter(name for methods in draws.values() for name in methods)
+    names = {name for name, count in counts.items() if count == max(counts.values())}
+    shared = [methods for methods in draws.values() if names <= set(methods)]
     return {name: [methods[name] for methods in shared] for name in names if shared}
 
 
 def summary(lines: list[Line]) -> str:
-    """One row a method: means and worst cells over the draws that count and that every method was run on."""
+    """One row a method that was run on all draws that count: means and worst cells."""
     rows = [
         "| method | told the trigger | cells | ACC drop ↓ | worst | ASR ↓ | worst | RA ↑ | DER ↑ | worst | lost | "
         "CPU seconds |",

@@ -96,9 +96,9 @@ def test_cells_that_lost_are_marked_and_the_best_is_bold():
     assert ".790 / .900 / .700 ✗" in text
 
 
-def test_only_draws_that_every_method_ran_are_averaged():
-    lines = [line(), line("FT"), line(attack="sig", drop=0.5)]
-    assert [len(found) for found in tables.complete(lines).values()] == [1, 1]
+def test_only_methods_that_ran_on_all_draws_are_averaged():
+    lines = [line(), line("FT"), line("FP"), line(attack="sig", drop=0.5), line("FT", attack="sig")]
+    assert {name: len(found) for name, found in tables.complete(lines).items()} == {"MaskPrune": 2, "FT": 2}
 
 
 def test_a_picture(tmp_path):
