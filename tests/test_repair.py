@@ -24,7 +24,7 @@ METHODS = [
         lambda: GradPrune(max_rounds=2, finetune=FineTuning(triggered=True, max_epochs=2, norms="frozen")),
         id="grad-finetune",
     ),
-    pytest.param(lambda: MaskPrune(steps=6, validate_every=3, finetune=False), id="mask"),
+    pytest.param(lambda: MaskPrune(steps=6, learning_rate=0.3, validate_every=3), id="mask"),
     pytest.param(lambda: MaskPrune(steps=6, validate_every=3, cut="hard", finetune=False), id="mask-hard"),
     pytest.param(lambda: FineTuning(triggered=True, max_epochs=2, norms="frozen"), id="finetune"),
     pytest.param(lambda: FineTuning(triggered=True, max_epochs=2), id="finetune-norms"),
