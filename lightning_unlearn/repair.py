@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,19 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from lightning_unlearn.audit import Audit, Auditor
 from lightning_unlearn.data.holdout import split_holdout
 from lightning_unlearn.data.labels import item_parts, labels_of
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
-from lightning_unlearn.methods import MaskPrune, RepairMethod, RepairTask, Round, Stopwatch
+from lightning_unlearn.methods import Alternation, MaskPrune, RepairMethod, RepairTask, Round, Stopwatch
 from lightning_unlearn.methods.base import check_range
-from lightning_unlearn.triggers import Trigger, find_normalization
+from lightning_unlearn.triggers import Normalization, Trigger, find_normalization
 
 __all__ = ["ImagesAndLabels", "RepairResult", "Split", "refuse_missing_classes", "repair", "repair_split"]
 
 ImagesAndLabels = tuple[Tensor, Tensor]
+_KINDS = ("estimate", "score", "evaluate", "finetune", "total")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +46,17 @@ class RepairResult:
 
     Args:
         method: name of the method.
-        status: ``"repaired"``; ``"not backdoored"`` if the attack success rate was low from the start and the model was
+        status: ``"repaired"``; ``"clean"`` if no trigger was given and none was found, and ``"not backdoored"`` if the attack success rate was low from the start and the model was
             left alone; ``"not improved"`` if the method found nothing better than the original, which was put back.
         before: the original model on the validation part.
         after: the model as it is now on the validation part.
         rounds: every round in order.
         mask: the filters, and which of them are pruned.
         scoring: the pairs that were scored.
-        seconds: wall-clock time by kind of work: ``score``, ``evaluate``, ``finetune``, ``total``.
+        trigger: what was unlearned; where none was given, the estimates of the suspected class, or of the most universal
+            one if the verdict is clean.
+        seconds: wall-clock time by kind of work: ``estimate``, ``score``, ``evaluate``, ``finetune``, ``total``.
+        audit: what was found where no trigger was given.
     """
 
     method: str
@@ -61,7 +66,9 @@ class RepairResult:
     rounds: tuple[Round, ...]
     mask: FilterMask
     scoring: Pairs
+    trigger: Trigger
     seconds: Mapping[str, float] = field(default_factory=dict)
+    audit: Audit | None = None
 
     @property
     def pruned(self) -> dict[str, list[int]]:
@@ -92,6 +99,7 @@ def repair(
     batch_size: int = 128,
     force: bool = False,
     min_asr: float = 0.1,
+    auditor: Auditor | None = None,
     on_round: Callable[[Round], object] | None = None,
 ) -> RepairResult:
     """Remove a backdoor from a model, in place, with a few clean images per class.
@@ -102,9 +110,10 @@ def repair(
     Args:
         model: a classifier whose forward takes (N, C, H, W) images and returns (N, classes) logits.
         dataset: a map-style dataset of clean images, as the model takes them, with true labels.
-        trigger: the trigger to unlearn, required for now. If it was told no normalisation and the dataset's transforms
-            hold a torchvision ``Normalize``, that one is used.
-        method: the repair method; :class:`MaskPrune` by default.
+        trigger: the trigger to unlearn, or None if nobody knows it: then the model is audited first, left alone if it
+            looks clean, and else repaired against estimated triggers by ``method`` in an :class:`Alternation`. If it was
+            told no normalisation and the dataset's transforms hold a torchvision ``Normalize``, that one is used.
+        method: the repair method; :class:`MaskPrune` by default, :class:`Alternation` if the trigger is unknown.
         samples_per_class: clean images drawn per class (SPC), at least 2.
         share: the share of ``dataset`` to draw instead, in (0, 1]; then give ``samples_per_class=None``.
         validation_share: the part of each class that validates, at least one image.
@@ -112,6 +121,7 @@ def repair(
         batch_size: most images in one forward pass.
         force: repair even if the trigger's attack success rate is already low.
         min_asr: below this rate, on the images drawn, a model counts as not backdoored and is left alone.
+        auditor: how to estimate an unknown trigger.
         on_round: called with every :class:`Round` as it is measured.
 
     Returns:
@@ -136,12 +146,7 @@ def repair(
         >>> len(result.rounds), len(result.rounds[0].pruned), len(result.scoring_images)
         (1, 1, 18)
     """
-    if trigger is None:
-        raise ValueError(
-            "trigger: none is given, and estimating an unknown trigger is not built yet; pass the trigger to unlearn, "
-            "such as PatchTrigger(size=3, target=0)."
-        )
-    if not isinstance(trigger, Trigger):
+    if trigger is not None and not isinstance(trigger, Trigger):
         raise TypeError(
             f"trigger: expected a lightning_unlearn.triggers.Trigger, but got {type(trigger).__name__}; wrap a "
             "function of your own in FunctionTrigger."
@@ -154,17 +159,20 @@ def repair(
         seed=seed,
     )
     scoring, validation = (_load(Subset(dataset, part)) for part in (holdout.scoring, holdout.validation))
-    if trigger.normalization is None and (normalization := find_normalization(dataset)) is not None:
+    normalization = find_normalization(dataset)
+    if trigger is not None and trigger.normalization is None and normalization is not None:
         trigger = trigger.normalized(normalization)
     return repair_split(
         model,
         Split(scoring, validation),
         trigger=trigger,
+        normalization=normalization,
         method=method,
         seed=seed,
         batch_size=batch_size,
         force=force,
         min_asr=min_asr,
+        auditor=auditor,
         on_round=on_round,
     )
 
@@ -173,12 +181,14 @@ def repair_split(
     model: nn.Module,
     split: Split,
     *,
-    trigger: Trigger,
+    trigger: Trigger | None = None,
+    normalization: Normalization | None = None,
     method: RepairMethod | None = None,
     seed: int = 0,
     batch_size: int = 128,
     force: bool = False,
     min_asr: float = 0.1,
+    auditor: Auditor | None = None,
     forward: Callable[[Tensor], Tensor] | None = None,
     on_round: Callable[[Round], object] | None = None,
 ) -> RepairResult:
@@ -188,11 +198,13 @@ def repair_split(
         model: as for :func:`repair`.
         split: the clean images, as the model takes them.
         trigger: as for :func:`repair`, told the images' normalisation if there is one.
+        normalization: how the images are normalised; only needed where no trigger is given.
         method: as for :func:`repair`.
         seed: as for :func:`repair`.
         batch_size: as for :func:`repair`.
         force: as for :func:`repair`.
         min_asr: as for :func:`repair`.
+        auditor: as for :func:`repair`.
         forward: how to get logits from images; the model itself by default.
         on_round: as for :func:`repair`.
 
@@ -202,8 +214,7 @@ def repair_split(
     Raises:
         ValueError: as for :func:`repair`.
     """
-    method = method or MaskPrune()
-    if not isinstance(method, RepairMethod):
+    if method is not None and not isinstance(method, RepairMethod):
         raise TypeError(f"method: expected a lightning_unlearn.methods.RepairMethod, but got {type(method).__name__}.")
     check_range("batch_size", batch_size, 1, float("inf"))
     check_range("min_asr", min_asr, 0, 1)
@@ -219,12 +230,19 @@ def repair_split(
             logits = logits_of(forward, probe)
         if not logits.isfinite().all():
             raise ValueError("model: its logits hold NaN or infinity; check the weights and the range of the images.")
+        # Copies, because no gradient can pass tensors that were loaded inside `torch.inference_mode`.
+        parts = [(images.clone(), labels.clone()) for images, labels in (split.scoring, split.validation)]
+        audit: Audit | None = None
+        if trigger is None:
+            with watch.measure("estimate"):
+                audit = _audit(auditor or Auditor(seed=seed), forward, parts, first, normalization)
+            trigger = audit.trigger if normalization is None else audit.trigger.normalized(normalization)
+            if method is None or (method.needs_trigger and not isinstance(method, Alternation)):
+                method = Alternation(method, auditor=auditor)
+        method = method or MaskPrune()
         scoring, validation = (
-            # Copies, because no gradient can pass tensors that were loaded inside `torch.inference_mode`.
-            Pairs.stamp(images.clone(), labels.clone(), trigger, num_classes=logits.shape[1]).to(
-                first.device, first.dtype
-            )
-            for images, labels in (split.scoring, split.validation)
+            Pairs.stamp(images, labels, trigger, num_classes=logits.shape[1]).to(first.device, first.dtype)
+            for images, labels in parts
         )
         refuse_missing_classes(scoring.labels, validation.labels, num_classes=logits.shape[1])
         task = RepairTask(
@@ -241,7 +259,9 @@ def repair_split(
             watch=watch,
         )
         asr_before = task.measure().asr
-        if asr_before < min_asr and not force:
+        if audit is not None and audit.verdict == "clean" and not force:
+            status = "clean"
+        elif asr_before < min_asr and not force:
             status = "not backdoored"
         else:
             for number in method.repair(task):
@@ -253,8 +273,36 @@ def repair_split(
                 _restore(model, original)
             status = "not improved" if _is_as_before(model, original) else "repaired"
         after = task.validate()
-    seconds = {kind: watch.seconds.get(kind, 0.0) for kind in ("score", "evaluate", "finetune", "total")}
-    return RepairResult(method.name, status, task.before, after, tuple(rounds), task.mask, scoring, seconds)
+    return RepairResult(
+        method=method.name,
+        status=status,
+        before=task.before,
+        after=after,
+        rounds=tuple(rounds),
+        mask=task.mask,
+        scoring=scoring,
+        trigger=trigger,
+        seconds={kind: watch.seconds.get(kind, 0.0) for kind in _KINDS},
+        audit=audit,
+    )
+
+
+def _audit(
+    auditor: Auditor,
+    forward: Callable[[Tensor], Tensor],
+    parts: Sequence[ImagesAndLabels],
+    like: Tensor,
+    normalization: Normalization | None,
+) -> Audit:
+    """Audit a model whose parameters are on the device and of the type of ``like``."""
+    (images, labels), (held_out, _) = parts
+    return auditor.audit(
+        lambda x: forward(x.to(like.dtype)),
+        images.to(like.device),
+        labels.to(like.device),
+        held_out=held_out.to(like.device),
+        normalization=normalization,
+    )
 
 
 def _load(dataset: Dataset[Any]) -> ImagesAndLabels:

@@ -2,6 +2,7 @@
 
 from lightning_unlearn.methods.activation_editing import ActivationGuidedEditing
 from lightning_unlearn.methods.adversarial_pruning import AdversarialNeuronPruning
+from lightning_unlearn.methods.alternation import Alternation
 from lightning_unlearn.methods.attention_distillation import NeuralAttentionDistillation
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, Stopwatch
 from lightning_unlearn.methods.fine_pruning import FinePruning
@@ -18,6 +19,7 @@ from lightning_unlearn.methods.sharpness_aware import SharpnessAwareFineTuning
 __all__ = [
     "ActivationGuidedEditing",
     "AdversarialNeuronPruning",
+    "Alternation",
     "ChannelLipschitzPruning",
     "FinePruning",
     "FineTuning",

@@ -1,0 +1,140 @@
+"""Estimate, repair, and estimate again on the repaired model, until no cheap trigger is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.audit import Auditor
+from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
+from lightning_unlearn.methods.mask_prune import MaskPrune
+from lightning_unlearn.triggers import AdditiveTrigger, Trigger, TriggerPool
+
+__all__ = ["Alternation"]
+
+
+class Alternation(RepairMethod):
+    """Repair against estimated triggers with another method, as often as cheap triggers come up.
+
+    An inversion finds *one* answer to what sends everything to the target; the attacker's trigger may be another one.
+    So the task's trigger, an estimate, is unlearned by ``method``; then triggers of the same class are estimated anew
+    on the repaired model, and join those before, until the class is no more universal than innocent ones are
+    (:class:`~lightning_unlearn.audit.Audit`), until ``rounds`` are over, or until a round costs more accuracy than
+    ``accuracy_drop`` allows, which is then taken back.
+
+    An estimate is the least that works, and an attacker's trigger is more than that: additive estimates are unlearned
+    at ``strength`` times their size.
+
+    Args:
+        method: what unlearns the estimates, a method that learns from triggered images; by default a
+            :class:`MaskPrune` that guards clean answers more than usual and fine-tunes, since an estimate also holds
+            something of what the target class really looks like.
+        auditor: how to estimate.
+        rounds: most repairs.
+        strength: factor of additive estimates, at least 1.
+        accuracy_drop: α, the most accuracy that all rounds together may cost, on all clean images held, in (0, 1].
+
+    Raises:
+        TypeError: if ``method`` is not a RepairMethod.
+        ValueError: if it needs no trigger, or a number is out of range.
+
+    Example:
+        >>> from lightning_unlearn.methods import Alternation
+        >>> Alternation(rounds=2).name
+        'Alternation of MaskPrune'
+    """
+
+    needs_trigger = True
+
+    def __init__(
+        self,
+        method: RepairMethod | None = None,
+        *,
+        auditor: Auditor | None = None,
+        rounds: int = 3,
+        strength: float = 2.0,
+        accuracy_drop: float = 0.1,
+    ) -> None:
+        if method is not None and not isinstance(method, RepairMethod):
+            raise TypeError(
+                f"method: expected a lightning_unlearn.methods.RepairMethod, but got {type(method).__name__}."
+            )
+        self.method = method or MaskPrune(clean_weight=8.0, accuracy_drop=0.04, finetune=True)
+        if not self.method.needs_trigger:
+            raise ValueError(f"method: {self.method.name} learns from clean images alone; use it by itself.")
+        check_range("rounds", rounds, 1, float("inf"))
+        check_range("strength", strength, 1, float("inf"))
+        check_range("accuracy_drop", accuracy_drop, 0, 1, open_low=True)
+        self.auditor = auditor or Auditor()
+        self.rounds = rounds
+        self.strength = strength
+        self.accuracy_drop = accuracy_drop
+
+    @property
+    def name(self) -> str:
+        """Names the method that unlearns, too."""
+        return f"Alternation of {self.method.name}"
+
+    def repair(self, task: RepairTask) -> Iterator[Round]:
+        """Repair and estimate in turn."""
+        target, floor = task.trigger.target, task.measure().acc - self.accuracy_drop - 1e-6
+        assert isinstance(target, int)  # estimates are of one class
+        pool = _members(task.trigger)
+        for number in range(1, self.rounds + 1):
+            steps, weights = task.mask.steps, [tensor.detach().clone() for tensor in _tensors(task)]
+            stage = self._task(task, pool)
+            yield from self.method.repair(stage)
+            task.rounds = stage.rounds
+            if task.measure().acc < floor:
+                task.mask.undo(task.mask.steps - steps)
+                with torch.no_grad():
+                    for tensor, before in zip(_tensors(task), weights, strict=True):
+                        tensor.copy_(before)
+                return
+            if number == self.rounds:
+                return
+            with task.watch.measure("estimate"):
+                found = replace(self.auditor, seed=task.seed + number).audit(
+                    task.forward,
+                    task.scoring.clean,
+                    task.scoring.labels,
+                    held_out=task.validation.clean,
+                    normalization=task.trigger.normalization,
+                    classes=[target],
+                )
+            if found.verdict == "clean":
+                return
+            pool += [estimate.trigger for estimate in found.estimates]
+
+    def _task(self, task: RepairTask, pool: list[Trigger]) -> RepairTask:
+        """The same task with images that carry the pool's triggers."""
+        trigger: Trigger = TriggerPool([self._stronger(member) for member in pool])
+        if task.trigger.normalization is not None:
+            trigger = trigger.normalized(task.trigger.normalization)
+        trigger = trigger.to(task.scoring.clean.device)
+
+        def stamped(pairs: Pairs) -> Pairs:
+            with torch.no_grad():
+                return replace(pairs, triggered=trigger(pairs.clean))
+
+        return replace(task, trigger=trigger, scoring=stamped(task.scoring), validation=stamped(task.validation))
+
+    def _stronger(self, trigger: Trigger) -> Trigger:
+        if isinstance(trigger, AdditiveTrigger):
+            return AdditiveTrigger(trigger.pattern * self.strength, target=trigger.target)
+        return trigger
+
+
+def _members(trigger: Trigger) -> list[Trigger]:
+    """The triggers of a pool, or the one there is."""
+    if isinstance(trigger, TriggerPool):
+        return [member for member in trigger.triggers if isinstance(member, Trigger)]
+    return [trigger]
+
+
+def _tensors(task: RepairTask) -> list[Tensor]:
+    return [*task.model.parameters(), *task.model.buffers()]

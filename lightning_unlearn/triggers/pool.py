@@ -1,0 +1,53 @@
+"""Several triggers, one for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unlearn.triggers.base import Trigger
+
+__all__ = ["TriggerPool"]
+
+
+class TriggerPool(Trigger):
+    """Deals triggers out over a batch: image ``i`` gets trigger ``i`` modulo their number.
+
+    So a repair unlearns all of them at once, from as many images as one would take.
+
+    Args:
+        triggers: one or more with the same target; what they were told of a normalisation is not used, since this
+            trigger hands them pixels.
+
+    Raises:
+        ValueError: if there is none, or targets differ.
+
+    Example:
+        >>> import torch
+        >>> from lightning_unlearn.triggers import PatchTrigger, TriggerPool
+        >>> pool = TriggerPool([PatchTrigger(size=1, place="top_left"), PatchTrigger(size=1, place="bottom_right")])
+        >>> pool(torch.zeros(2, 1, 2, 2)).flatten(1)
+        tensor([[1., 0., 0., 0.],
+                [0., 0., 0., 1.]])
+    """
+
+    def __init__(self, triggers: Sequence[Trigger]) -> None:
+        if not triggers:
+            raise ValueError("triggers: expected at least one, but got none.")
+        targets = {trigger.target for trigger in triggers}
+        if len(targets) > 1:
+            raise ValueError(f"triggers: expected one target for all, but got {sorted(map(str, targets))}.")
+        super().__init__(target=triggers[0].target)
+        self.triggers = nn.ModuleList(triggers)
+
+    def stamp(self, pixels: Tensor) -> Tensor:
+        """Deals the triggers out; see :meth:`Trigger.stamp`."""
+        stamped = torch.empty_like(pixels)
+        count = len(self.triggers)
+        for first, trigger in enumerate(self.triggers):
+            assert isinstance(trigger, Trigger)  # what a ModuleList holds has no type
+            if first < len(pixels):
+                stamped[first::count] = trigger.stamp(pixels[first::count].clone())
+        return stamped
