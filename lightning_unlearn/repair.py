@@ -46,15 +46,17 @@ class RepairResult:
 
     Args:
         method: name of the method.
-        status: ``"repaired"``; ``"clean"`` if no trigger was given and none was found, and ``"not backdoored"`` if the attack success rate was low from the start and the model was
-            left alone; ``"not improved"`` if the method found nothing better than the original, which was put back.
+        status: ``"repaired"``; ``"clean"`` if no trigger was given and none was found, and ``"not backdoored"`` if the
+            attack success rate was low from the start: both left the model alone; ``"not improved"`` if the method
+            found nothing better than the original, which was put back.
         before: the original model on the validation part.
         after: the model as it is now on the validation part.
         rounds: every round in order.
         mask: the filters, and which of them are pruned.
         scoring: the pairs that were scored.
-        trigger: what was unlearned; where none was given, the estimates of the suspected class, or of the most universal
-            one if the verdict is clean.
+        held: the original model and the repaired one on all images held, scoring and validation part together.
+        trigger: what was unlearned; where none was given, the estimates of the suspected class, or of the most
+            universal one if the verdict is clean.
         seconds: wall-clock time by kind of work: ``estimate``, ``score``, ``evaluate``, ``finetune``, ``total``.
         audit: what was found where no trigger was given.
     """
@@ -66,6 +68,7 @@ class RepairResult:
     rounds: tuple[Round, ...]
     mask: FilterMask
     scoring: Pairs
+    held: tuple[Evaluation, Evaluation]
     trigger: Trigger
     seconds: Mapping[str, float] = field(default_factory=dict)
     audit: Audit | None = None
@@ -111,8 +114,8 @@ def repair(
         model: a classifier whose forward takes (N, C, H, W) images and returns (N, classes) logits.
         dataset: a map-style dataset of clean images, as the model takes them, with true labels.
         trigger: the trigger to unlearn, or None if nobody knows it: then the model is audited first, left alone if it
-            looks clean, and else repaired against estimated triggers by ``method`` in an :class:`Alternation`. If it was
-            told no normalisation and the dataset's transforms hold a torchvision ``Normalize``, that one is used.
+            looks clean, and else repaired against estimated triggers by ``method`` in an :class:`Alternation`. If it
+            was told no normalisation and the dataset's transforms hold a torchvision ``Normalize``, that one is used.
         method: the repair method; :class:`MaskPrune` by default, :class:`Alternation` if the trigger is unknown.
         samples_per_class: clean images drawn per class (SPC), at least 2.
         share: the share of ``dataset`` to draw instead, in (0, 1]; then give ``samples_per_class=None``.
@@ -258,7 +261,8 @@ def repair_split(
             seed=seed,
             watch=watch,
         )
-        asr_before = task.measure().asr
+        held_before = task.measure()
+        asr_before = held_before.asr
         if audit is not None and audit.verdict == "clean" and not force:
             status = "clean"
         elif asr_before < min_asr and not force:
@@ -272,7 +276,7 @@ def repair_split(
                 task.mask.undo(task.mask.steps)
                 _restore(model, original)
             status = "not improved" if _is_as_before(model, original) else "repaired"
-        after = task.validate()
+        after, held_after = task.validate(), task.measure()
     return RepairResult(
         method=method.name,
         status=status,
@@ -281,6 +285,7 @@ def repair_split(
         rounds=tuple(rounds),
         mask=task.mask,
         scoring=scoring,
+        held=(held_before, held_after),
         trigger=trigger,
         seconds={kind: watch.seconds.get(kind, 0.0) for kind in _KINDS},
         audit=audit,

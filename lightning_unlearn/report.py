@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_unlearn.audit import Verdict
 from lightning_unlearn.evaluation import Evaluation
 from lightning_unlearn.files import write_whole
 from lightning_unlearn.methods import Round
@@ -32,27 +33,35 @@ class Report:
 
     Args:
         method: name of the repair method.
-        trigger: name of the trigger's class.
-        target: the target class, or ``"all_to_all"``.
+        trigger: name of the trigger's class; ``"unknown"`` if none was given.
+        target: the target class, or ``"all_to_all"``; of an unknown trigger the suspected one, None if the model looks
+            clean.
         samples_per_class: clean images per class that the defender held (SPC); None if they were given as a share.
         seed: seed of the draw and of the method.
-        status: ``"repaired"``, ``"not backdoored"`` or ``"not improved"``, as :class:`RepairResult` has it.
+        status: ``"repaired"``, ``"clean"``, ``"not backdoored"`` or ``"not improved"``, as :class:`RepairResult` has
+            it.
         measured_on: ``"test"`` if ``before`` and ``after`` are of test data that the repair never saw,
             ``"validation"`` if there was none and they are of the validation part.
-        before: ACC, ASR and RA of the original model.
-        after: ACC, ASR and RA of the model as it is now.
+        before: ACC, ASR and RA of the original model, with the real trigger: NaN where nobody knows it.
+        after: ACC, ASR and RA of the model as it is now, likewise.
         der: defence effectiveness rating.
         rir: robust improvement rate.
         filters: ``total`` and ``pruned`` counts, and the pruned filters ``by_layer``.
         rounds: every round, measured on the validation part.
         seconds: ``score``, ``evaluate``, ``finetune`` and ``total`` wall-clock time.
         checkpoint: where the repaired model was written, if it was.
+        verdict: what the audit said where no trigger was given: ``"clean"``, ``"suspicious"`` or ``"backdoored"``.
+        suspected_target: the class that it suspects.
+        estimated_trigger: the triggers estimated for that class, with family, cost and success.
+        estimated_asr: their attack success rate ``before`` and ``after`` on the clean images that the defender holds:
+            no more than an estimate of what the real trigger does.
+        labels: ``"predicted"`` if the model's own answers stood in for labels.
         versions: versions of what made this.
     """
 
     method: str
     trigger: str
-    target: int | str
+    target: int | str | None
     samples_per_class: int | None
     seed: int
     status: str
@@ -66,30 +75,41 @@ class Report:
     seconds: Mapping[str, float]
     checkpoint: str | None
     versions: Mapping[str, str]
+    verdict: Verdict | None = None
+    suspected_target: int | None = None
+    estimated_trigger: tuple[Mapping[str, Any], ...] | None = None
+    estimated_asr: Mapping[str, float] | None = None
+    labels: Literal["given", "predicted"] = "given"
     schema_version: int = 1
 
     @classmethod
     def of(
         cls,
         result: RepairResult,
-        trigger: Trigger,
+        trigger: Trigger | None,
         *,
         samples_per_class: int | None,
         seed: int,
         test: tuple[Evaluation, Evaluation] | None = None,
+        labels: Literal["given", "predicted"] = "given",
         checkpoint: str | os.PathLike[str] | None = None,
     ) -> Report:
         """Report a result.
 
         Args:
             result: what the repair did.
-            trigger: what it unlearned.
+            trigger: what it was given to unlearn, None if that was unknown.
             samples_per_class: SPC.
             seed: seed of the draw and of the method.
-            test: the model before and after on test data, if there is any.
+            test: the model before and after on test data, if there is any, with the real trigger, if it is known.
+            labels: whether clean images came with labels.
             checkpoint: where the repaired model was written.
         """
         before, after = test or (result.before, result.after)
+        if trigger is None and test is None:  # what the estimates do is no measure of the real trigger
+            before, after = (replace(of, asr=math.nan, ra=math.nan) for of in (before, after))
+        audit = result.audit
+        target = trigger.target if trigger is not None else None if audit is None else audit.suspected_target
         pruned = result.pruned
         der = defense_effectiveness_rating(
             acc_before=before.acc, asr_before=before.asr, acc_after=after.acc, asr_after=after.asr
@@ -99,8 +119,8 @@ class Report:
         )
         return cls(
             method=result.method,
-            trigger=type(trigger).__name__,
-            target=trigger.target,
+            trigger="unknown" if trigger is None else type(trigger).__name__,
+            target=target,
             samples_per_class=samples_per_class,
             seed=seed,
             status=result.status,
@@ -118,6 +138,11 @@ class Report:
             seconds=dict(result.seconds),
             checkpoint=None if checkpoint is None else str(checkpoint),
             versions={name: _version(name) for name in ("lightning_unlearn", "torch", "lightning")},
+            verdict=None if audit is None else audit.verdict,
+            suspected_target=None if audit is None else audit.suspected_target,
+            estimated_trigger=None if audit is None else tuple(e.to_dict() for e in audit.estimates),
+            estimated_asr=None if audit is None else {"before": result.held[0].asr, "after": result.held[1].asr},
+            labels=labels,
         )
 
     def saved_as(self, checkpoint: str | os.PathLike[str]) -> Report:
@@ -137,6 +162,8 @@ class Report:
 
     def summary(self) -> str:
         """One sentence on what happened to the model."""
+        if self.status == "clean":
+            return "Verdict: clean. No class has a trigger more universal than innocent ones; the model is as it was."
         if self.status == "not backdoored":
             return (
                 f"Left alone: the trigger's ASR on the clean images is already low ({self.trigger}); "
@@ -145,18 +172,27 @@ class Report:
         if self.status == "not improved":
             return f"Left as it was: {self.method} found nothing better than the original model."
         pruned, total = self.filters["pruned"], self.filters["total"]
-        return f"{self.method} pruned {pruned} of {total} filters in {self.seconds['total']:.1f} s."
+        verdict = f"Verdict: {self.verdict}, target {self.suspected_target}. " if self.verdict else ""
+        return f"{verdict}{self.method} pruned {pruned} of {total} filters in {self.seconds['total']:.1f} s."
+
+    def _rows(self) -> Iterator[tuple[str, str, str]]:
+        """Label, before and after of each rate."""
+        for label, key in _ROWS:
+            yield label, _rate(self.before[key]), _rate(self.after[key])
+        if self.estimated_asr is not None:
+            before, after = (_rate(self.estimated_asr[when]) for when in ("before", "after"))
+            yield "ASR of the estimated trigger ↓", before, after
 
     def headline(self) -> str:
         """The rates before and after, and what happened, in one line."""
-        rates = ", ".join(f"{label} {self.before[key]:.3f} → {self.after[key]:.3f}" for label, key in _ROWS)
+        rates = ", ".join(f"{label} {before} → {after}" for label, before, after in self._rows())
         return f"{rates} ({self.measured_on} data). {self.summary()}"
 
     def __str__(self) -> str:
         """The rates before and after as a Markdown table, with a sentence."""
         lines = [f"| {self.measured_on} data | before | after |", "| --- | --- | --- |"]
-        lines += [f"| {label} | {self.before[key]:.3f} | {self.after[key]:.3f} |" for label, key in _ROWS]
-        lines += [f"| DER ↑ | | {self.der:.3f} |", "", self.summary()]
+        lines += [f"| {label} | {before} | {after} |" for label, before, after in self._rows()]
+        lines += [f"| DER ↑ | | {_rate(self.der)} |", "", self.summary()]
         return "\n".join(lines)
 
     def __rich__(self) -> Table:
@@ -164,16 +200,21 @@ class Report:
         from rich.table import Table
 
         images = f"{self.samples_per_class or '?'} clean images per class"
-        title = f"{self.method} · {self.trigger} · target {self.target} · {images}"
+        trigger = "unknown trigger" if self.trigger == "unknown" else self.trigger
+        title = f"{self.method} · {trigger} · target {'?' if self.target is None else self.target} · {images}"
         table = Table(title=title, caption=self.summary(), min_width=72)  # so that neither wraps
         table.add_column(f"{self.measured_on} data")
         for column in ("before", "after"):
             table.add_column(column, justify="right")
-        for label, key in _ROWS:
-            table.add_row(label, f"{self.before[key]:.3f}", f"{self.after[key]:.3f}")
-        table.add_row("DER ↑", "", f"{self.der:.3f}")
+        for row in self._rows():
+            table.add_row(*row)
+        table.add_row("DER ↑", "", _rate(self.der))
         table.add_row("filters pruned", "", f"{self.filters['pruned']} of {self.filters['total']}")
         return table
+
+
+def _rate(value: float) -> str:
+    return "unknown" if math.isnan(value) else f"{value:.3f}"
 
 
 def _plain(value: Any) -> Any:
