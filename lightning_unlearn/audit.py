@@ -16,7 +16,7 @@ from lightning_unlearn.triggers import Normalization, Trigger, TriggerPool
 from lightning_unlearn.triggers.distance import individual_costs
 from lightning_unlearn.triggers.inversion import Estimate, Family, invert
 
-__all__ = ["Audit", "Auditor", "ClassAudit", "Verdict"]
+__all__ = ["Audit", "Auditor", "ClassAudit", "Progress", "Verdict"]
 
 Verdict = Literal["clean", "suspicious", "backdoored"]
 

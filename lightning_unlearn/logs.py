@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 
 import torch
@@ -37,12 +38,22 @@ def log_report(trainer: Trainer, report: Report) -> None:
     }
     for when, rates in (("before", report.before), ("after", report.after)):
         values |= {f"unlearn/{name}_{when}": rate for name, rate in rates.items()}
+        if report.estimated_asr is not None:
+            values[f"unlearn/estimated_asr_{when}"] = report.estimated_asr[when]
+    values = {name: value for name, value in values.items() if not math.isnan(value)}
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
     _log(trainer, values, trainer.global_step + len(report.rounds))
 
 
-def log_pictures(trainer: Trainer, pairs: Pairs, trigger: Trigger) -> None:
-    """Log up to eight clean images, the same with the trigger, and what the trigger changed, shown around mid-grey."""
+def log_pictures(trainer: Trainer, pairs: Pairs, trigger: Trigger, name: str = "trigger") -> None:
+    """Log up to eight clean images, the same with the trigger, and what the trigger changed, shown around mid-grey.
+
+    Args:
+        trainer: whose loggers are used, those of them that take pictures.
+        pairs: the images.
+        trigger: the trigger that they carry.
+        name: what to call it, ``"estimated_trigger"`` if it is none that the user gave.
+    """
     if pairs.clean.shape[1] not in (1, 3):
         return  # no picture has other numbers of channels
     clean, triggered = (
@@ -50,13 +61,13 @@ def log_pictures(trainer: Trainer, pairs: Pairs, trigger: Trigger) -> None:
     )
     if trigger.normalization is not None:
         clean, triggered = trigger.normalization.invert(clean), trigger.normalization.invert(triggered)
-    pictures = {"clean": clean, "triggered": triggered, "trigger": ((triggered - clean) + 1) / 2}
+    pictures = {"clean": clean, name.replace("trigger", "triggered"): triggered, name: ((triggered - clean) + 1) / 2}
     for logger in trainer.loggers:
         # TensorBoard's; others are left out, and a user's own logger need not have any `experiment`.
         add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
         if callable(add_image):
-            for name, images in pictures.items():
-                add_image(f"unlearn/{name}", make_grid(images.clamp(0, 1), nrow=4), trainer.global_step)
+            for title, images in pictures.items():
+                add_image(f"unlearn/{title}", make_grid(images.clamp(0, 1), nrow=4), trainer.global_step)
 
 
 def _log(trainer: Trainer, values: dict[str, float], step: int) -> None:

@@ -1,9 +1,10 @@
-"""Rounds of a repair in the Trainer's own progress bar."""
+"""Rounds of a repair, and stages of an audit, in the Trainer's own progress bar."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
@@ -11,7 +12,10 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lightning_unlearn.methods import Round
 
-__all__ = ["round_progress"]
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+__all__ = ["round_progress", "stage_progress"]
 
 
 def _line(done: Round) -> str:
@@ -53,3 +57,47 @@ def round_progress(trainer: Trainer) -> Iterator[Callable[[Round], None]]:
             yield show
     else:
         yield lambda done: None
+
+
+@contextmanager
+def stage_progress(trainer: Trainer) -> Iterator[Callable[[str, int, int], None]]:
+    """Show stages whose length is known, one bar each with the time left, where the Trainer shows its epochs.
+
+    Yields:
+        What to call with a stage's name, the steps done of it and all its steps.
+    """
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
+        progress = bar.progress
+        tasks: dict[str, TaskID] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(f"Estimating · {stage}", total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+            bar.refresh()
+
+        try:
+            yield advance
+        finally:
+            progress.refresh()
+            for task in tasks.values():
+                progress.remove_task(task)
+    elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+        shown: dict[str, Tqdm] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in shown:
+                for earlier in shown.values():
+                    earlier.close()
+                shown[stage] = Tqdm(desc=f"Estimating · {stage}", unit="step", leave=True, position=0)
+            shown[stage].total = total
+            shown[stage].update(done - shown[stage].n)
+
+        try:
+            yield show
+        finally:
+            for stage in shown.values():
+                stage.close()
+    else:
+        yield lambda stage, done, total: None

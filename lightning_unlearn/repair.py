@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lightning_unlearn.audit import Audit, Auditor
+from lightning_unlearn.audit import Audit, Auditor, Progress
 from lightning_unlearn.data.holdout import split_holdout
 from lightning_unlearn.data.labels import item_parts, labels_of
 from lightning_unlearn.data.pairs import Pairs
@@ -104,6 +104,7 @@ def repair(
     min_asr: float = 0.1,
     auditor: Auditor | None = None,
     on_round: Callable[[Round], object] | None = None,
+    on_progress: Progress | None = None,
 ) -> RepairResult:
     """Remove a backdoor from a model, in place, with a few clean images per class.
 
@@ -126,6 +127,7 @@ def repair(
         min_asr: below this rate, on the images drawn, a model counts as not backdoored and is left alone.
         auditor: how to estimate an unknown trigger.
         on_round: called with every :class:`Round` as it is measured.
+        on_progress: called while triggers are estimated, with a stage's name, its steps done and all its steps.
 
     Returns:
         What was done; the model itself is changed in place.
@@ -177,6 +179,7 @@ def repair(
         min_asr=min_asr,
         auditor=auditor,
         on_round=on_round,
+        on_progress=on_progress,
     )
 
 
@@ -194,6 +197,7 @@ def repair_split(
     auditor: Auditor | None = None,
     forward: Callable[[Tensor], Tensor] | None = None,
     on_round: Callable[[Round], object] | None = None,
+    on_progress: Progress | None = None,
 ) -> RepairResult:
     """Remove a backdoor from a model with clean images that are split and loaded already.
 
@@ -210,6 +214,7 @@ def repair_split(
         auditor: as for :func:`repair`.
         forward: how to get logits from images; the model itself by default.
         on_round: as for :func:`repair`.
+        on_progress: as for :func:`repair`.
 
     Returns:
         What was done.
@@ -238,7 +243,7 @@ def repair_split(
         audit: Audit | None = None
         if trigger is None:
             with watch.measure("estimate"):
-                audit = _audit(auditor or Auditor(seed=seed), forward, parts, first, normalization)
+                audit = _audit(auditor or Auditor(seed=seed), forward, parts, first, normalization, on_progress)
             trigger = audit.trigger if normalization is None else audit.trigger.normalized(normalization)
             if method is None or (method.needs_trigger and not isinstance(method, Alternation)):
                 method = Alternation(method, auditor=auditor)
@@ -259,6 +264,7 @@ def repair_split(
             trigger=trigger,
             batch_size=batch_size,
             seed=seed,
+            on_progress=on_progress,
             watch=watch,
         )
         held_before = task.measure()
@@ -298,6 +304,7 @@ def _audit(
     parts: Sequence[ImagesAndLabels],
     like: Tensor,
     normalization: Normalization | None,
+    on_progress: Progress | None,
 ) -> Audit:
     """Audit a model whose parameters are on the device and of the type of ``like``."""
     (images, labels), (held_out, _) = parts
@@ -307,6 +314,7 @@ def _audit(
         labels.to(like.device),
         held_out=held_out.to(like.device),
         normalization=normalization,
+        on_progress=on_progress,
     )
 
 

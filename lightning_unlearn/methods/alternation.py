@@ -105,6 +105,7 @@ class Alternation(RepairMethod):
                     held_out=task.validation.clean,
                     normalization=task.trigger.normalization,
                     classes=[target],
+                    on_progress=task.on_progress,
                 )
             if found.verdict == "clean":
                 return

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
+from lightning_unlearn.audit import Progress
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.filters import FilterId, FilterMask
@@ -89,6 +90,7 @@ class RepairTask:
         trigger: what makes triggered images of clean ones, for methods that make more of them.
         batch_size: most pairs in one forward pass.
         seed: seed of every random choice that a method makes.
+        on_progress: what to call while a method estimates triggers.
     """
 
     model: nn.Module
@@ -101,6 +103,7 @@ class RepairTask:
     trigger: Trigger
     batch_size: int = 128
     seed: int = 0
+    on_progress: Progress | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
     rounds: int = 0
 
