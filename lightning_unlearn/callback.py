@@ -394,7 +394,7 @@ def _refuse_strategy(trainer: Trainer) -> None:
     precision = trainer.strategy.precision_plugin
     if isinstance(precision, _REFUSED_PRECISIONS):
         raise MisconfigurationException(
-            f"precision: BackdoorUnlearning needs ordinary floating-point weights, but {precision.precision!r} "
+            f"precision: BackdoorUnlearning needs ordinary floating-point weights, but {type(precision).__name__} "
             "replaces layers by others; train so, then repair the checkpoint with `lightning-unlearn repair` at "
             "--trainer.precision 32-true."
         )

@@ -124,7 +124,10 @@ def test_two_processes_prune_what_one_does(results):
     one, two = results["one"]["report"], results["two"]["report"]
     assert one["filters"]["pruned"] > 0
     assert two["filters"] == one["filters"]
-    assert two["rounds"] == one["rounds"]
+    assert len(two["rounds"]) == len(one["rounds"])
+    for here, there in zip(two["rounds"], one["rounds"], strict=True):
+        assert (here.pop("stage"), here.pop("pruned")) == (there.pop("stage"), there.pop("pruned"))
+        assert here == pytest.approx(there, abs=1e-5)  # sums of other parts are rounded otherwise
     assert (two["before"], two["after"], two["measured_on"]) == (one["before"], one["after"], "test")
     assert results["two"]["mask"] == results["one"]["mask"]
 
