@@ -1,7 +1,7 @@
 """How the time of a repair grows: with filters, images and rounds, over processes, on large networks.
 
-``python -m benchmarks.speed --scaling`` grows a round of GradPrune; ``python -m benchmarks.scaling processes`` shares one
-out over processes of this machine, and ``python -m benchmarks.scaling large`` takes networks of ImageNet's size.
+``python -m benchmarks.speed --scaling`` grows a round of GradPrune; ``python -m benchmarks.scaling processes`` shares
+one out over processes of this machine, and ``python -m benchmarks.scaling large`` takes networks of ImageNet's size.
 """
 
 from __future__ import annotations
@@ -143,10 +143,8 @@ def large(network: str, *, images: int, steps: int) -> str:
         pass
     step = task.watch.seconds["score"] / steps
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
-    return (
-        f"| {network} | {parameters:.1f} | {task.mask.total:,} | {measuring / images / 2:.2f} | {scoring / images:.2f} | "
-        f"{step / images:.2f} | {held:.0f} | {_peak():.0f} |"
-    )
+    seconds = f"{measuring / images / 2:.2f} | {scoring / images:.2f} | {step / images:.2f}"
+    return f"| {network} | {parameters:.1f} | {task.mask.total:,} | {seconds} | {held:.0f} | {_peak():.0f} |"
 
 
 def _peak() -> float:

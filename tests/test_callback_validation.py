@@ -8,6 +8,8 @@ import lightning.pytorch as L  # noqa: N812 - the usual name
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lightning_unlearn import BackdoorUnlearning, HoldoutDataModule
@@ -103,3 +105,10 @@ def test_in_a_step_autocast_is_not_in_the_way(digits_victim, tmp_path):
     assert reports["bf16-mixed"].filters == reports["32-true"].filters
     assert reports["bf16-mixed"].rounds == reports["32-true"].rounds
     assert reports["bf16-mixed"].after == reports["32-true"].after
+
+
+def test_split_weights_are_refused_here_too(digits_victim, tmp_path, monkeypatch):
+    runner = trainer(tmp_path)
+    monkeypatch.setattr(L.Trainer, "strategy", object.__new__(ModelParallelStrategy))
+    with pytest.raises(MisconfigurationException, match="ModelParallelStrategy shards them"):
+        unlearning(digits_victim).unlearn(runner, digits_victim.fresh())
