@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -31,6 +32,7 @@ from lightning_unlearn.intact import intact
 from lightning_unlearn.logs import log_pictures, log_report, log_round
 from lightning_unlearn.methods import MaskPrune, RepairMethod, Round
 from lightning_unlearn.methods.base import check_range
+from lightning_unlearn.processes import Processes
 from lightning_unlearn.progress import round_progress
 from lightning_unlearn.repair import Split, refuse_missing_classes, repair_split
 from lightning_unlearn.report import Report
@@ -39,6 +41,7 @@ from lightning_unlearn.triggers import Trigger
 __all__ = ["BackdoorUnlearning"]
 
 _REFUSED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy)
+_REFUSED_PRECISIONS = (TransformerEnginePrecision, BitsandbytesPrecision)
 _NO_BEST = (
     "source: 'best' needs a ModelCheckpoint that has saved a best model (give it a `monitor`), but there is none; use "
     "source='last'."
@@ -163,12 +166,7 @@ class BackdoorUnlearning(Callback):
             )
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, _REFUSED):
-            raise MisconfigurationException(
-                "strategy: BackdoorUnlearning needs whole weights on every device, but "
-                f"{type(trainer.strategy).__name__} shards them; train so, then repair the checkpoint with "
-                "`lightning-unlearn repair` on one device."
-            )
+        _refuse_strategy(trainer)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by the Trainer's connector
         averaging = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
         if averaging:
@@ -253,25 +251,41 @@ class BackdoorUnlearning(Callback):
     def unlearn(self, trainer: Trainer, module: LightningModule) -> Report:
         """Repair a module on the Trainer's device, log it, and report; nothing is written but logs.
 
-        Every process of a distributed run does the same on all clean images, which are few, from the weights of the
-        first; afterwards the first one's weights and report count everywhere.
+        It needs no training: call it from a hook of your own inside ``trainer.validate`` or ``trainer.predict``, whose
+        inference mode and autocast do not reach it. Every process of a distributed run must call it; each starts from
+        the first one's weights and takes its share of the clean images.
+
+        Args:
+            trainer: a Trainer within one of its loops, whose strategy, loggers and progress bar are used.
+            module: the module to repair, in place; it need not be the one that the Trainer runs.
 
         Raises:
+            MisconfigurationException: if the strategy splits weights or the precision replaces layers.
             ValueError: as :func:`~lightning_unlearn.repair` does.
+
+        Example:
+            >>> from lightning.pytorch import Callback
+            >>> class RepairOnValidation(Callback):
+            ...     def __init__(self, unlearning):
+            ...         self.unlearning, self.report = unlearning, None
+            ...     def on_validation_end(self, trainer, pl_module):
+            ...         self.report = self.unlearning.unlearn(trainer, pl_module)
         """
+        _refuse_strategy(trainer)
+        processes = Processes.current(module.device)
         clean = self._clean_images(module)
         trigger = clean.fit_trigger(self.trigger)
 
         def forward(images: Tensor) -> Tensor:
             return self.logits(module, images)
 
-        _align(module)
+        processes.align(module)
         split = Split(clean.scoring(), clean.validation())
         with intact(module), torch.no_grad():
             images, labels = (part[:8] for part in split.scoring)
             num_classes = logits_of(forward, images[:1].to(module.dtype)).shape[1]
             log_pictures(trainer, Pairs.stamp(images, labels, trigger, num_classes=num_classes), trigger)
-        before = self._test(clean, trigger, forward, num_classes)
+        before = self._test(clean, trigger, forward, num_classes, processes)
         with round_progress(trainer) as show:
             pruned = 0
 
@@ -292,11 +306,12 @@ class BackdoorUnlearning(Callback):
                 min_asr=self.min_asr,
                 forward=forward,
                 on_round=on_round,
+                processes=processes,
             )
         if self._held is not None:  # fine-tuning held this repair's filters, not those of earlier ones
             result.mask.load_state_dict(self._held.state_dict())
-        _align(module)
-        after = self._test(clean, trigger, forward, num_classes)
+        processes.align(module)
+        after = self._test(clean, trigger, forward, num_classes, processes)
         test = None if before is None or after is None else (before, after)
         report = Report.of(
             result, trigger, samples_per_class=clean.holdout.samples_per_class, seed=self.seed, test=test
@@ -315,11 +330,13 @@ class BackdoorUnlearning(Callback):
             seed=self.seed,
         )
 
-    def _test(self, clean: CleanImages, trigger: Trigger, forward: Any, num_classes: int) -> Evaluation | None:
+    def _test(
+        self, clean: CleanImages, trigger: Trigger, forward: Any, num_classes: int, processes: Processes
+    ) -> Evaluation | None:
         if not clean.has_test:
             return None
         with intact(clean.module):
-            return evaluate(forward, clean.test(trigger, num_classes))
+            return evaluate(forward, clean.test(trigger, num_classes, processes), processes)
 
     def _original(self, trainer: Trainer, module: LightningModule) -> str:
         """Load the weights to repair; how the file that holds them is called."""
@@ -362,13 +379,22 @@ class BackdoorUnlearning(Callback):
         return report
 
 
-@torch.no_grad()
-def _align(module: LightningModule) -> None:
-    """Give every process the first one's parameters and buffers: BatchNorm's may differ between processes."""
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        for tensor in (*module.parameters(), *module.buffers()):
-            torch.distributed.broadcast(tensor.detach(), src=0)
+def _refuse_strategy(trainer: Trainer) -> None:
+    """Refuse weights that are not whole, or not plain.
+
+    Raises:
+        MisconfigurationException: saying what to do instead.
+    """
+    if isinstance(trainer.strategy, _REFUSED):
+        raise MisconfigurationException(
+            "strategy: BackdoorUnlearning needs whole weights on every device, but "
+            f"{type(trainer.strategy).__name__} shards them; train so, then repair the checkpoint with "
+            "`lightning-unlearn repair` on one device."
+        )
+    precision = trainer.strategy.precision_plugin
+    if isinstance(precision, _REFUSED_PRECISIONS):
+        raise MisconfigurationException(
+            f"precision: BackdoorUnlearning needs ordinary floating-point weights, but {type(precision).__name__} "
+            "replaces layers by others; train so, then repair the checkpoint with `lightning-unlearn repair` at "
+            "--trainer.precision 32-true."
+        )

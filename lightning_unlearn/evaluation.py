@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.metrics.functional import predicted_classes, rate, triggered_counts
+from lightning_unlearn.processes import ALONE, Processes
 
 __all__ = ["Evaluation", "evaluate", "logits_of"]
 
@@ -57,17 +58,19 @@ def logits_of(forward: Callable[[Tensor], object], images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Pairs]) -> Evaluation:
+def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Pairs], processes: Processes = ALONE) -> Evaluation:
     """Measure a classifier on pairs, batch by batch, with one synchronisation with the device at the end.
 
-    Sums and counts are kept over batches, so a small last batch weighs as much as its images.
+    Sums and counts are kept over batches and processes, so a small last batch weighs as much as its images, and with
+    several processes the result is that of all their images together.
 
     Args:
         forward: images to (N, C) logits, with every layer in eval mode.
-        batches: pairs on the model's device.
+        batches: pairs on the model's device; with several processes those of this one, maybe none.
+        processes: who measures together.
 
     Raises:
-        ValueError: if the outputs are not logits or there is no batch.
+        ValueError: if the outputs are not logits or there is no batch, on any process.
 
     Example:
         >>> import torch
@@ -82,6 +85,8 @@ def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Pairs]) -> E
     sums: list[Tensor] = []
     images = 0
     for pairs in batches:
+        if not len(pairs):  # no model need take an empty batch
+            continue
         # One forward pass over both halves: on small batches the launch, not the arithmetic, is what costs.
         logits = logits_of(forward, torch.cat([pairs.clean, pairs.triggered]))
         clean, triggered = logits.chunk(2)
@@ -90,14 +95,16 @@ def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Pairs]) -> E
         losses = F.cross_entropy(logits, pairs.labels.repeat(2), reduction="none").view(2, -1).sum(1)
         sums.append(torch.stack([right, *counts, *losses]))
         images += len(pairs)
-    if not sums:
-        raise ValueError("batches: there is nothing to evaluate on; pass at least one batch of pairs.")
     # Added up on the host: not every device has float64, in which no sum over batches loses a digit.
-    totals = torch.stack(sums).cpu().double().sum(0)
-    right, successes, recoveries, considered = totals[:4].long()
-    loss, unlearning_loss = (totals[4:] / images).tolist()
+    totals = torch.stack(sums).cpu().double().sum(0) if sums else torch.zeros(6, dtype=torch.float64)
+    count = torch.tensor(images, dtype=torch.float64)
+    processes.sum([totals, count])
+    right, successes, recoveries, considered, total = torch.cat([totals[:4], count[None]]).long()
+    if not total:
+        raise ValueError("batches: there is nothing to evaluate on; pass at least one batch of pairs.")
+    loss, unlearning_loss = (totals[4:] / total).tolist()
     return Evaluation(
-        acc=rate(right, torch.tensor(images), "accuracy").item(),
+        acc=rate(right, total, "accuracy").item(),
         asr=rate(successes, considered, "attack success rate").item(),
         ra=rate(recoveries, considered, "recovery accuracy").item(),
         loss=loss,

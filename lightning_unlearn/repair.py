@@ -19,6 +19,7 @@ from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.methods import Alternation, MaskPrune, RepairMethod, RepairTask, Round, Stopwatch
 from lightning_unlearn.methods.base import check_range
+from lightning_unlearn.processes import ALONE, Processes
 from lightning_unlearn.triggers import Normalization, Trigger, find_normalization
 
 __all__ = ["ImagesAndLabels", "RepairResult", "Split", "refuse_missing_classes", "repair", "repair_split"]
@@ -198,6 +199,7 @@ def repair_split(
     forward: Callable[[Tensor], Tensor] | None = None,
     on_round: Callable[[Round], object] | None = None,
     on_progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> RepairResult:
     """Remove a backdoor from a model with clean images that are split and loaded already.
 
@@ -215,12 +217,14 @@ def repair_split(
         forward: how to get logits from images; the model itself by default.
         on_round: as for :func:`repair`.
         on_progress: as for :func:`repair`.
+        processes: those that repair the model together, all of which must call this with the same model and images.
 
     Returns:
         What was done.
 
     Raises:
         ValueError: as for :func:`repair`.
+        RuntimeError: if the clean images of the processes, or what they prune, differ.
     """
     if method is not None and not isinstance(method, RepairMethod):
         raise TypeError(f"method: expected a lightning_unlearn.methods.RepairMethod, but got {type(method).__name__}.")
@@ -230,6 +234,8 @@ def repair_split(
     forward = forward or model
     watch, rounds = Stopwatch(), []
     with intact(model) as original, watch.measure("total"):
+        labels = [part[1].tolist() for part in (split.scoring, split.validation)]
+        processes.refuse_difference("the labels of the clean images", labels)
         first = next(model.parameters(), torch.empty(0))
         probe = split.scoring[0][:1].to(first.device)
         probe = probe.to(first.dtype) if probe.is_floating_point() else probe
@@ -259,12 +265,13 @@ def repair_split(
             mask=FilterMask(layers),
             scoring=scoring,
             validation=validation,
-            before=evaluate(forward, validation.batches(batch_size)),
-            answers=_answers(forward, scoring, batch_size),
+            before=evaluate(forward, validation[processes.share(len(validation))].batches(batch_size), processes),
+            answers=_answers(forward, scoring, batch_size, processes, classes=logits.shape[1]),
             trigger=trigger,
             batch_size=batch_size,
             seed=seed,
             on_progress=on_progress,
+            processes=processes,
             watch=watch,
         )
         held_before = task.measure()
@@ -349,8 +356,15 @@ def _is_as_before(model: nn.Module, original: Mapping[str, Tensor]) -> bool:
 
 
 @torch.no_grad()
-def _answers(forward: Callable[[Tensor], Tensor], pairs: Pairs, batch_size: int) -> Tensor:
-    return torch.cat([logits_of(forward, batch.clean).softmax(1) for batch in pairs.batches(batch_size)])
+def _answers(
+    forward: Callable[[Tensor], Tensor], pairs: Pairs, batch_size: int, processes: Processes, *, classes: int
+) -> Tensor:
+    share = processes.share(len(pairs))
+    answers = torch.zeros(len(pairs), classes, device=pairs.labels.device)
+    parts = [logits_of(forward, batch.clean).softmax(1) for batch in pairs[share].batches(batch_size)]
+    answers[share] = torch.cat([answers[:0], *parts])
+    processes.sum([answers])  # to the zeros of the other processes
+    return answers
 
 
 @torch.no_grad()

@@ -1,4 +1,7 @@
-"""One and two processes repair alike. Everything runs in a process of its own, which is fresh enough to be forked."""
+"""One and two processes repair alike, by every strategy that a CPU can run.
+
+Everything runs in a process of its own, which is fresh enough to be forked.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,24 @@ METHOD = GradPrune(
     finetune=FineTuning(triggered=True, max_epochs=1),
 )
 
+FROZEN = GradPrune(
+    filters_per_round=2,
+    max_rounds=3,
+    accuracy_drop=1.0,
+    finetune=FineTuning(triggered=True, max_epochs=2, patience=2, batch_size=15, norms="frozen"),
+)
+TIMEOUT = timedelta(seconds=60)
+FORKED: dict[str, Any] = {
+    "ddp_fork": "ddp_fork",
+    "ddp_notebook": "ddp_notebook",
+    "ddp_fork_find_unused_parameters_false": "ddp_fork_find_unused_parameters_false",
+    "ddp_notebook_find_unused_parameters_true": "ddp_notebook_find_unused_parameters_true",
+    "static graph": DDPStrategy(start_method="fork", timeout=TIMEOUT, static_graph=True),
+    "bucket view": DDPStrategy(start_method="fork", timeout=TIMEOUT, gradient_as_bucket_view=True),
+}
+# Each of these starts Python anew, which takes longer; plain "ddp" is what `repair --trainer.devices 2` chooses.
+STARTED = ["ddp_find_unused_parameters_true", "ddp_spawn"]
+
 
 class Victim(ConvClassifier):
     """Sees other images on the second process, so that the running statistics of its norms differ."""
@@ -57,7 +78,14 @@ class Spread(L.Callback):
         trainer.callback_metrics[self.name] = (gathered - gathered[0]).abs().max().float()
 
 
-def fit(folder: Path, name: str, processes: int, learning_rate: float) -> dict[str, Any]:
+def fit(
+    folder: Path,
+    name: str,
+    processes: int,
+    learning_rate: float = 0.0,
+    strategy: Any = None,
+    method: GradPrune = METHOD,
+) -> dict[str, Any]:
     """Trains for two steps, repairs, and says what came of it."""
     model = Victim(width=8, learning_rate=learning_rate)
     model.load_state_dict(torch.load(folder / "victim.pt", weights_only=True))
@@ -66,14 +94,14 @@ def fit(folder: Path, name: str, processes: int, learning_rate: float) -> dict[s
             Digits(part="holdout", size=16), samples_per_class=4, test_dataset=Digits(part="test", size=16)
         ),
         PatchTrigger(size=3, target=0),
-        METHOD,
+        method,
         force=True,
         output_dir=str(folder / name),
     )
     trainer = L.Trainer(
         accelerator="cpu",
         devices=processes,
-        strategy=DDPStrategy(start_method="fork", timeout=timedelta(seconds=60)) if processes > 1 else "auto",
+        strategy=strategy or (DDPStrategy(start_method="fork", timeout=TIMEOUT) if processes > 1 else "auto"),
         use_distributed_sampler=False,
         max_steps=2,
         limit_val_batches=0,  # so that no validation brings the running statistics together
@@ -85,6 +113,7 @@ def fit(folder: Path, name: str, processes: int, learning_rate: float) -> dict[s
         default_root_dir=folder,
     )
     trainer.fit(model, DataLoader(Digits(part="train", size=16), batch_size=50))
+    trainer.strategy.barrier()
     saved = torch.load(next((folder / name).glob("*-unlearned.ckpt")), weights_only=True)
     return {
         "files": sorted(path.name for path in (folder / name).iterdir()),
@@ -94,38 +123,80 @@ def fit(folder: Path, name: str, processes: int, learning_rate: float) -> dict[s
     }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, strategy: str | None) -> None:
     torch.set_num_threads(1)
+    if strategy:  # the processes that Lightning starts for it come through here, too
+        fit(folder, strategy, 2, strategy=strategy, method=FROZEN)
+        return
     results = {
-        "one": fit(folder, "one", processes=1, learning_rate=0.0),
-        "two": fit(folder, "two", processes=2, learning_rate=0.0),
+        "one": fit(folder, "one", processes=1),
+        "two": fit(folder, "two", processes=2),
         "trained": fit(folder, "trained", processes=2, learning_rate=0.01),
     }
     (folder / "results.json").write_text(json.dumps(results))
+    fit(folder, "auto", 1, method=FROZEN)
+    for name, forked in FORKED.items():
+        fit(folder, name, 2, strategy=forked, method=FROZEN)
+
+
+def run(folder: Path, *strategy: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in DISTRIBUTED}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(folder), *strategy]
+    done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
-def results(digits_victim, tmp_path_factory):
+def folder(digits_victim, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     torch.save(digits_victim.trained.state_dict(), folder / "victim.pt")
-    environment = {name: value for name, value in os.environ.items() if name not in DISTRIBUTED}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)], env=environment, timeout=180, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
     found = json.loads((folder / "results.json").read_text())
     for name, result in found.items():
-        result["report"] = json.loads((folder / name / "report.json").read_text())
+        result["report"] = report(folder, name)
     return found
+
+
+def report(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / name / "report.json").read_text())
+
+
+def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Two reports of the same repair; sums of other parts are rounded otherwise."""
+    assert found["filters"] == expected["filters"]
+    assert (found["status"], found["measured_on"]) == ("repaired", "test")
+    assert found["before"] == pytest.approx(expected["before"])
+    assert found["after"] == pytest.approx(expected["after"])
+    assert len(found["rounds"]) == len(expected["rounds"])
+    for here, there in zip(found["rounds"], expected["rounds"], strict=True):
+        assert here["pruned"] == there["pruned"]
+        numbers = [name for name, value in there.items() if isinstance(value, float)]
+        assert [here[name] for name in numbers] == pytest.approx([there[name] for name in numbers], abs=1e-5)
+
+
+@pytest.mark.parametrize("strategy", FORKED)
+def test_forked_strategies_do_what_one_process_does(folder, strategy):
+    expected = report(folder, "auto")
+    assert expected["filters"]["pruned"] > 0
+    assert_alike(report(folder, strategy), expected)
+
+
+@pytest.mark.parametrize("strategy", STARTED)
+def test_started_strategies_do_what_one_process_does(folder, strategy):
+    run(folder, strategy)
+    assert_alike(report(folder, strategy), report(folder, "auto"))
 
 
 def test_two_processes_prune_what_one_does(results):
     one, two = results["one"]["report"], results["two"]["report"]
     assert one["filters"]["pruned"] > 0
-    assert two["filters"] == one["filters"]
-    assert two["rounds"] == one["rounds"]
-    assert (two["before"], two["after"], two["measured_on"]) == (one["before"], one["after"], "test")
+    assert_alike(two, one)
     assert results["two"]["mask"] == results["one"]["mask"]
 
 
@@ -153,4 +224,4 @@ def test_files_are_written_once(results, name):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)

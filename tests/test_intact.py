@@ -169,3 +169,12 @@ def test_shared_parameters_and_modules_that_appear_twice():
         fail()
     assert torch.equal(shared.weight, weight)
     assert net[2].weight is shared.weight
+
+
+def test_autocast_from_outside_does_not_reach_in(model):
+    images = torch.rand(2, 1, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images).dtype == torch.bfloat16
+        with intact(model):
+            assert model(images).dtype == torch.float32
+        assert model(images).dtype == torch.bfloat16

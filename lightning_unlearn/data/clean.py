@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
 from lightning_unlearn.data.holdout_datamodule import HoldoutDataModule
 from lightning_unlearn.data.labels import item_parts, overlap
 from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.processes import ALONE, Processes
 from lightning_unlearn.triggers import Trigger, find_normalization
 
 __all__ = ["CleanImages"]
@@ -136,11 +137,15 @@ class CleanImages:
         """One scoring image with its label, on the module's device."""
         return self._all(Subset(self.holdout.scoring, [0]))
 
-    def test(self, trigger: Trigger, num_classes: int) -> Iterator[Pairs]:
-        """Batches of the test part with their triggered copies; nothing is kept in memory."""
-        if self._test_loader is None:
-            return
-        for batch in self._test_loader:
+    def test(self, trigger: Trigger, num_classes: int, processes: Processes = ALONE) -> Iterator[Pairs]:
+        """Batches of the test part with their triggered copies; nothing is kept in memory.
+
+        Args:
+            trigger: what makes the copies.
+            num_classes: how many logits the model gives.
+            processes: those among which the images are shared out, each once.
+        """
+        for batch in _shared(self._test_loader, processes):
             images, labels = self._transferred(batch)
             pairs = Pairs.stamp(images, labels, trigger, num_classes=num_classes)
             yield pairs.to(self.module.device, self.module.dtype)  # type: ignore[arg-type]  # never the str it may be
@@ -163,3 +168,29 @@ class CleanImages:
     def _hook(self, name: str) -> Any:
         owner = self._hooks if is_overridden(name, self._hooks, DataHooks) else self.module
         return getattr(owner, name)
+
+
+def _shared(loader: DataLoader[Any] | None, processes: Processes) -> Iterable[Any]:
+    """What this process takes of a loader's batches.
+
+    Lightning would take a ``DistributedSampler``, which repeats images until all processes have as many.
+    """
+    if loader is None:
+        return ()
+    if processes.count == 1:
+        return loader
+    in_order = isinstance(loader.batch_sampler, BatchSampler) and isinstance(loader.sampler, SequentialSampler)
+    if isinstance(loader.dataset, IterableDataset) or not in_order or loader.drop_last:
+        # Only the loader itself knows which images it gives, and on another process it might give others.
+        return loader if processes.rank == 0 else ()
+    indices = range(len(loader.dataset))[processes.share(len(loader.dataset))]  # type: ignore[arg-type]  # it is sized
+    return DataLoader(
+        Subset(loader.dataset, indices),
+        batch_size=loader.batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )

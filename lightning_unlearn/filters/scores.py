@@ -1,9 +1,9 @@
 """Score filters by what a gradient says about them.
 
 Each score maps layers and the losses of batches to one number a filter, for all filters of a layer at once. The larger
-the score, the sooner the filter goes. Gradients are summed over the losses (batches of one mean, already weighted)
-before any absolute value is taken, in float32, by one backward pass a batch that stops at the tensors which the score
-needs.
+the score, the sooner the filter goes. Gradients are summed over the losses (batches of one mean, already weighted) and
+over processes, before any absolute value is taken, in float32, by one backward pass a batch that stops at the tensors
+which the score needs.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from torch import Tensor
 
 from lightning_unlearn.filters.layer import FilterLayer
 from lightning_unlearn.filters.mask import FilterMask
+from lightning_unlearn.processes import ALONE, Processes
 
 __all__ = ["SCORES", "Score", "mean_abs_gradient", "score_filters", "taylor"]
 
 Score = Literal["mean_abs_grad", "taylor"]
 
 
-def mean_abs_gradient(layers: Sequence[FilterLayer], losses: Iterable[Tensor]) -> Tensor:
+def mean_abs_gradient(layers: Sequence[FilterLayer], losses: Iterable[Tensor], processes: Processes = ALONE) -> Tensor:
     """Mean absolute gradient of each filter, ξ = ‖∂L/∂W_i‖₁ / size(W_i), (filters,) float32.
 
     The score of Dunnett et al. (2024), arXiv 2405.03918.
 
     Args:
         layers: the layers to score; their weights must require gradients.
-        losses: scalar losses, one a batch, made one by one.
+        losses: scalar losses, one a batch, made one by one; with several processes those of this one, maybe none.
+        processes: who scores together.
 
     Example:
         >>> import torch
@@ -40,7 +42,7 @@ def mean_abs_gradient(layers: Sequence[FilterLayer], losses: Iterable[Tensor]) -
         >>> mean_abs_gradient([layer], ((factors * layer.weight).sum() for _ in range(1)))
         tensor([1.0000, 0.5000])
     """
-    gradients = _gradients([layer.weight for layer in layers], losses)
+    gradients = _gradients([layer.weight for layer in layers], losses, processes)
     return torch.cat(
         [
             layer.per_filter(gradient.abs()) / (gradient.numel() // layer.channels)
@@ -49,7 +51,7 @@ def mean_abs_gradient(layers: Sequence[FilterLayer], losses: Iterable[Tensor]) -
     )
 
 
-def taylor(layers: Sequence[FilterLayer], losses: Iterable[Tensor]) -> Tensor:
+def taylor(layers: Sequence[FilterLayer], losses: Iterable[Tensor], processes: Processes = ALONE) -> Tensor:
     """By how much the loss is predicted to fall, to first order, if the channel is zeroed, (filters,) float32, signed.
 
     Zeroing a channel scales it from m = 1 to m = 0, and the loss changes by about −∂L/∂m = −Σ w·∂L/∂w, the sum over
@@ -59,6 +61,7 @@ def taylor(layers: Sequence[FilterLayer], losses: Iterable[Tensor]) -> Tensor:
         layers: the layers to score.
         losses: scalar losses, one a batch. Each must be computed only when it is asked for, as a generator does, since
             the channels can be scaled only meanwhile.
+        processes: who scores together.
 
     Example:
         >>> import torch
@@ -72,7 +75,7 @@ def taylor(layers: Sequence[FilterLayer], losses: Iterable[Tensor]) -> Tensor:
     """
     mask = FilterMask(layers)
     scales = torch.ones(mask.total, device=layers[0].weight.device, requires_grad=True)
-    (gradient,) = _gradients([scales], _scaled(losses, mask, scales))
+    (gradient,) = _gradients([scales], _scaled(losses, mask, scales), processes)
     return gradient
 
 
@@ -87,19 +90,25 @@ def _scaled(losses: Iterable[Tensor], mask: FilterMask, scales: Tensor) -> Itera
         yield loss
 
 
-SCORES: dict[Score, Callable[[Sequence[FilterLayer], Iterable[Tensor]], Tensor]] = {
+SCORES: dict[Score, Callable[[Sequence[FilterLayer], Iterable[Tensor], Processes], Tensor]] = {
     "mean_abs_grad": mean_abs_gradient,
     "taylor": taylor,
 }
 
 
-def score_filters(layers: Sequence[FilterLayer], losses: Iterable[Tensor], score: Score = "mean_abs_grad") -> Tensor:
+def score_filters(
+    layers: Sequence[FilterLayer],
+    losses: Iterable[Tensor],
+    score: Score = "mean_abs_grad",
+    processes: Processes = ALONE,
+) -> Tensor:
     """Score all filters of all layers against the sum of ``losses``.
 
     Args:
         layers: the layers to score; their weights must require gradients.
         losses: scalar losses, one a batch; lazily made, so that only one graph is alive at a time.
         score: name of the score.
+        processes: who scores together, each with losses of its own images.
 
     Returns:
         (filters,) float32 on the layers' device, by flat index of :class:`FilterMask`.
@@ -109,21 +118,19 @@ def score_filters(layers: Sequence[FilterLayer], losses: Iterable[Tensor], score
     """
     if score not in SCORES:
         raise ValueError(f"score: expected one of {sorted(SCORES)}, but got {score!r}.")
-    return SCORES[score](layers, losses)
+    return SCORES[score](layers, losses, processes)
 
 
-def _gradients(tensors: Sequence[Tensor], losses: Iterable[Tensor]) -> list[Tensor]:
-    """Gradients of the sum of ``losses``, in float32."""
+def _gradients(tensors: Sequence[Tensor], losses: Iterable[Tensor], processes: Processes) -> list[Tensor]:
+    """Gradients of the sum of ``losses`` of all processes, in float32."""
     sums: list[Tensor] = []
+    batches, connected = 0, 0
     for loss in losses:
+        batches += 1
         found: Sequence[Tensor | None] = (
-            torch.autograd.grad(loss, tensors, allow_unused=True) if loss.requires_grad else ()
+            torch.autograd.grad(loss, tensors, allow_unused=True) if loss.requires_grad else (None,) * len(tensors)
         )
-        if all(gradient is None for gradient in found):
-            raise ValueError(
-                "model: the loss does not depend on any filter; check that logits are computed from the convolutions, "
-                "and are not detached."
-            )
+        connected += any(gradient is not None for gradient in found)
         gradients = [
             torch.zeros_like(tensor, dtype=torch.float32) if gradient is None else gradient.float()
             for tensor, gradient in zip(tensors, found, strict=True)
@@ -132,6 +139,15 @@ def _gradients(tensors: Sequence[Tensor], losses: Iterable[Tensor]) -> list[Tens
             torch._foreach_add_(sums, gradients)
         else:
             sums = gradients
-    if not sums:
+    # A process without images, or one that found something wrong, still takes part: the others wait for it.
+    sums = sums or [torch.zeros_like(tensor, dtype=torch.float32) for tensor in tensors]
+    counts = torch.tensor([float(batches), float(connected)])
+    processes.sum([*sums, counts])
+    if not counts[0]:
         raise ValueError("losses: there is no batch to score.")
+    if counts[1] != counts[0]:
+        raise ValueError(
+            "model: the loss does not depend on any filter; check that logits are computed from the convolutions, "
+            "and are not detached."
+        )
     return sums

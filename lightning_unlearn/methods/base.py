@@ -17,6 +17,7 @@ from lightning_unlearn.audit import Progress
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.filters import FilterId, FilterMask
+from lightning_unlearn.processes import ALONE, Processes
 from lightning_unlearn.triggers import Trigger
 
 __all__ = ["RepairMethod", "RepairTask", "Round", "Stage", "Stopwatch", "Teacher", "check_range"]
@@ -91,6 +92,7 @@ class RepairTask:
         batch_size: most pairs in one forward pass.
         seed: seed of every random choice that a method makes.
         on_progress: what to call while a method estimates triggers.
+        processes: those that repair this model together. Each has all pairs; measuring is always shared out.
     """
 
     model: nn.Module
@@ -104,22 +106,31 @@ class RepairTask:
     batch_size: int = 128
     seed: int = 0
     on_progress: Progress | None = None
+    processes: Processes = ALONE
     watch: Stopwatch = field(default_factory=Stopwatch)
     rounds: int = 0
 
     def validate(self) -> Evaluation:
         """Measure the model as it is now on the validation part."""
-        with self.watch.measure("evaluate"):
-            return evaluate(self.forward, self.validation.batches(self.batch_size))
+        return self._evaluate(self.validation)
 
     def measure(self) -> Evaluation:
         """Measure the model as it is now on all pairs held: a validation part of one image a class alone is coarse."""
+        return self._evaluate(self.scoring, self.validation)
+
+    def _evaluate(self, *parts: Pairs) -> Evaluation:
+        shares = (part[self.processes.share(len(part))] for part in parts)
         with self.watch.measure("evaluate"):
-            parts = (self.scoring, self.validation)
-            return evaluate(self.forward, (pairs for part in parts for pairs in part.batches(self.batch_size)))
+            batches = (pairs for share in shares for pairs in share.batches(self.batch_size))
+            return evaluate(self.forward, batches, self.processes)
 
     def round(self, stage: Stage, now: Evaluation, pruned: tuple[FilterId, ...] = ()) -> Round:
-        """Number the next round and record what it came to."""
+        """Number the next round and record what it came to.
+
+        Raises:
+            RuntimeError: if the filters that processes have pruned are no longer the same.
+        """
+        self.processes.refuse_difference("the pruned filters", self.mask.pruned)
         self.rounds += 1
         return Round(self.rounds, stage, pruned, now.acc, now.asr, now.ra, now.loss, now.unlearning_loss)
 
@@ -139,6 +150,12 @@ class RepairMethod(ABC):
 
     A method is a set of hyper-parameters. All state is in the :class:`RepairTask` it is given, so one instance can
     repair many models. If the generator is closed or fails before its end, the caller restores the model.
+
+    With several processes every one runs the method, in lock-step: the same calls of :meth:`RepairTask.round`,
+    :meth:`~RepairTask.validate` and :meth:`~RepairTask.measure` are made on each, and these share out their images.
+    The rest a method may compute on every process alike, from all images, as it would alone: so do all but three.
+    :class:`GradPrune`, :class:`MaskPrune` and :class:`FineTuning` with frozen norms take ``task.processes.share`` of
+    the images, and sum over processes before they decide on anything.
 
     Attributes:
         needs_trigger: whether it learns from triggered images; a method that does not sees clean images alone.

@@ -90,7 +90,8 @@ class FineTuning(RepairMethod):
 
         def step(chosen: Tensor) -> None:
             optimizer.zero_grad()
-            self._step_loss(task, task.scoring[chosen], wanted[chosen]).backward()  # type: ignore[no-untyped-call]  # torch's is untyped
+            if len(chosen):  # else all went to other processes
+                self._step_loss(task, task.scoring[chosen], wanted[chosen]).backward()  # type: ignore[no-untyped-call]  # torch's is untyped
             optimizer.step()
 
         yield from train_epochs(
@@ -102,6 +103,7 @@ class FineTuning(RepairMethod):
             patience=self.patience,
             norms=self.norms,
             accuracy_drop=self.accuracy_drop,
+            shared=self.norms == "frozen",  # norms in train mode need whole batches
             loss=self._loss,
         )
 

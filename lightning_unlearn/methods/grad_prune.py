@@ -128,9 +128,9 @@ class GradPrune(RepairMethod):
             ValueError: if the gradients are not finite.
         """
         layers = task.mask.layers
-        scores = score_filters(layers, _losses(task, triggered=True), self.score)
+        scores = score_filters(layers, _losses(task, triggered=True), self.score, task.processes)
         if self.clean_weight:
-            rise = -score_filters(layers, _losses(task, triggered=False), self.score)
+            rise = -score_filters(layers, _losses(task, triggered=False), self.score, task.processes)
             scores = scores - self.clean_weight * rise.clamp(min=0)
         return scores
 
@@ -141,9 +141,10 @@ class GradPrune(RepairMethod):
         left = scores.masked_fill(pruned, -torch.inf)
         indices = left.topk(min(candidates, task.mask.total - len(task.mask.pruned))).indices
         # One synchronisation for all that the host must know.
-        finite, any_gradient, *order = torch.cat(
+        known = torch.cat(
             [scores.isfinite().all()[None].long(), scores.masked_fill(pruned, 0).ne(0).any()[None].long(), indices]
-        ).tolist()
+        )
+        finite, any_gradient, *order = task.processes.first(known).tolist()
         if not finite:
             raise ValueError(
                 "model: the gradients of the unlearning loss hold NaN or infinity, so no filter can be scored; check "
@@ -163,15 +164,17 @@ class GradPrune(RepairMethod):
 
     def _try(self, task: RepairTask, candidates: Sequence[FilterId], probe: Pairs) -> list[FilterId]:
         """Candidates by the loss that their removal really leaves on the probe."""
-        losses = []
-        for candidate in candidates:
+        mine = probe[task.processes.share(len(probe))]
+        losses = torch.zeros(len(candidates), device=probe.labels.device)
+        for number, candidate in enumerate(candidates if len(mine) else ()):
             task.mask.prune([candidate])
             with torch.no_grad():
-                clean, triggered = logits_of(task.forward, torch.cat([probe.clean, probe.triggered])).chunk(2)
-                loss = F.cross_entropy(triggered, probe.labels)
-                losses.append(loss + self.clean_weight * F.cross_entropy(clean, probe.labels))
+                clean, triggered = logits_of(task.forward, torch.cat([mine.clean, mine.triggered])).chunk(2)
+                loss = F.cross_entropy(triggered, mine.labels)
+                losses[number] = loss + self.clean_weight * F.cross_entropy(clean, mine.labels)
             task.mask.undo()
-        return [candidates[i] for i in torch.stack(losses).argsort(stable=True).tolist()]
+        task.processes.average([losses], len(mine) / len(probe))
+        return [candidates[i] for i in task.processes.first(losses.argsort(stable=True)).tolist()]
 
     def _probe(self, task: RepairTask) -> Pairs:
         chosen = torch.randperm(len(task.scoring), generator=task.generator())[: self.look_ahead_images]
@@ -186,7 +189,10 @@ def _fine_tuning(accuracy_drop: float) -> FineTuning:
 
 
 def _losses(task: RepairTask, *, triggered: bool) -> Iterator[Tensor]:
-    """Batches' shares of the mean cross-entropy over the scoring part, so that their sum is the mean over images."""
-    for pairs in task.scoring.batches(task.batch_size):
+    """Batches' shares of the mean cross-entropy over the scoring part, so that their sum is the mean over images.
+
+    With several processes these are the batches of this one.
+    """
+    for pairs in task.scoring[task.processes.share(len(task.scoring))].batches(task.batch_size):
         logits = logits_of(task.forward, pairs.triggered if triggered else pairs.clean)
         yield F.cross_entropy(logits, pairs.labels, reduction="sum") / len(task.scoring)

@@ -150,13 +150,10 @@ class MaskPrune(RepairMethod):
         history = [masks.detach().clone()]
         # The same few images in each step are soon fitted: the trigger must count for more to be gone on others, too.
         clean_weight = self.clean_weight if augment else self.clean_weight / 2
-        for step, (pairs, wanted) in enumerate(self._lessons(task, augment=augment), start=1):
+        for step, (pairs, wanted, weight) in enumerate(self._lessons(task, augment=augment), start=1):
             with task.watch.measure("score"):
-                with task.mask.scaled(masks):
-                    loss, unlearned = self._disagreement(task, pairs, wanted, clean_weight)
-                if not loss.requires_grad:
-                    raise ValueError(_NO_GRADIENT)
-                (gradient,) = torch.autograd.grad(loss, masks)
+                gradient, unlearned = self._gradient(task, masks, pairs, wanted, clean_weight)
+                task.processes.average([gradient, unlearned], weight)
                 if step == 1:
                     _check_gradient(gradient)
                 masks.grad = gradient - self.sparsity * unlearned
@@ -165,7 +162,7 @@ class MaskPrune(RepairMethod):
                 with torch.no_grad():
                     masks.clamp_(0, 1)
             if step % self.validate_every == 0 or step == self.steps:
-                history.append(masks.detach().clone())
+                history.append(task.processes.first(masks.detach().clone()))
                 with task.mask.scaled(history[-1]):
                     now = task.validate()
                 yield task.round("learn", now)
@@ -197,6 +194,19 @@ class MaskPrune(RepairMethod):
                 break  # one channel too many can be made good by the next, but not by so much
         task.mask.undo(task.mask.steps - kept)
 
+    def _gradient(
+        self, task: RepairTask, masks: Tensor, pairs: Pairs, wanted: Tensor, clean_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """Of the disagreement on some images, and the share of triggered ones that are answered as wanted."""
+        if not len(pairs):  # all went to other processes
+            return torch.zeros_like(masks, requires_grad=False), torch.zeros((), device=masks.device)
+        with task.mask.scaled(masks):
+            loss, unlearned = self._disagreement(task, pairs, wanted, clean_weight)
+        if not loss.requires_grad:
+            raise ValueError(_NO_GRADIENT)
+        (gradient,) = torch.autograd.grad(loss, masks)
+        return gradient, unlearned
+
     def _disagreement(
         self, task: RepairTask, pairs: Pairs, wanted: Tensor, clean_weight: float
     ) -> tuple[Tensor, Tensor]:
@@ -217,25 +227,28 @@ class MaskPrune(RepairMethod):
         def flipped_and_shifted() -> Iterator[Pairs]:
             for part in (task.scoring, task.validation):
                 for pairs in part.batches(task.batch_size):
-                    images = flip_and_shift(pairs.clean, generator)
-                    yield Pairs(images, task.trigger(images), pairs.labels, pairs.targets)
+                    yield _flipped_and_shifted(task, pairs, generator)
 
-        before, now = task.measure(), evaluate(task.forward, flipped_and_shifted())
+        before, now = task.measure(), evaluate(task.forward, flipped_and_shifted(), task.processes)
         drop = 2 * self.accuracy_drop + 1e-6  # by chance alone, a few images can cost α
         return now.acc >= before.acc - drop and not now.asr < before.asr - drop  # ASR is NaN where all are the target's
 
-    def _lessons(self, task: RepairTask, *, augment: bool) -> Iterator[tuple[Pairs, Tensor]]:
-        """``steps`` batches with what to answer, (B, C) probabilities; each epoch in a new order."""
+    def _lessons(self, task: RepairTask, *, augment: bool) -> Iterator[tuple[Pairs, Tensor, float]]:
+        """``steps`` batches with what to answer, (B, C) probabilities; each epoch in a new order.
+
+        With several processes it is what this one takes of each batch, maybe nothing, and which part that is of it.
+        """
         generator, left = task.generator(), self.steps
         while left:
             for chosen in batches(task, self.batch_size, generator):
-                pairs, wanted = task.scoring[chosen], task.wanted(self.teacher)[chosen]
+                mine = chosen[task.processes.share(len(chosen))]
+                pairs, wanted = task.scoring[mine], task.wanted(self.teacher)[mine]
                 if augment:
-                    images = flip_and_shift(pairs.clean, generator)
                     with torch.no_grad(), task.watch.measure("score"):
-                        pairs = Pairs(images, task.trigger(images), pairs.labels, pairs.targets)
-                        wanted = logits_of(task.forward, images).softmax(1)
-                yield pairs, self._softened(wanted)
+                        pairs = _flipped_and_shifted(task, task.scoring[chosen], generator)
+                        if len(pairs):
+                            wanted = logits_of(task.forward, pairs.clean).softmax(1)
+                yield pairs, self._softened(wanted), len(mine) / len(chosen)
                 left -= 1
                 if not left:
                     break
@@ -243,6 +256,13 @@ class MaskPrune(RepairMethod):
     def _softened(self, wanted: Tensor) -> Tensor:
         """The victim's answers at the temperature: logits are known but for a constant."""
         return wanted if self.teacher == "labels" else (wanted.log() / self.temperature).softmax(1)
+
+
+def _flipped_and_shifted(task: RepairTask, pairs: Pairs, generator: torch.Generator) -> Pairs:
+    """This process's share of pairs, made anew; drawn for all of them, so that every process draws the same."""
+    share = task.processes.share(len(pairs))
+    images, pairs = flip_and_shift(pairs.clean, generator)[share], pairs[share]
+    return Pairs(images, task.trigger(images), pairs.labels, pairs.targets) if len(pairs) else pairs
 
 
 def _growing(low: int, high: int) -> list[int]:

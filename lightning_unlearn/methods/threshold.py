@@ -36,7 +36,8 @@ def prune_below_threshold(task: RepairTask, masks: Tensor, *, accuracy_drop: flo
     Raises:
         ValueError: if masks are not finite.
     """
-    lowest_first = masks.detach().float().cpu().masked_fill(task.mask.flat(), 1.0).sort(stable=True)
+    masks = task.processes.first(masks.detach().float()).cpu()
+    lowest_first = masks.masked_fill(task.mask.flat(), 1.0).sort(stable=True)
     if not lowest_first.values.isfinite().all():
         raise ValueError(
             "model: the learned masks hold NaN or infinity, so no threshold can be chosen; lower the learning rate, "

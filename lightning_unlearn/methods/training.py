@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.evaluation import Evaluation
 from lightning_unlearn.methods.base import RepairTask, Round
+from lightning_unlearn.processes import Processes
 
 __all__ = ["Norms", "batches", "train_epochs"]
 
@@ -29,6 +30,7 @@ def train_epochs(
     patience: int | None = None,
     norms: Norms = "frozen",
     accuracy_drop: float = 0.1,
+    shared: bool = False,
     loss: Callable[[Evaluation], float] = lambda now: now.loss,
 ) -> Iterator[Round]:
     """Train epoch by epoch, each a round, hold pruned filters at zero, and leave the model as the kept epoch left it.
@@ -49,6 +51,8 @@ def train_epochs(
         norms: ``"frozen"`` keeps the model in eval mode, ``"trained"`` takes the steps in train mode, in which dropout
             drops, too, by the task's seed.
         accuracy_drop: α, the largest drop of validation accuracy, a fraction in (0, 1].
+        shared: with several processes, give each step the indices that this process takes of a batch, maybe none; its
+            gradients must then be those of a mean over these images. Otherwise every process is given all of them.
         loss: what is to be low on the validation part; by default the mean cross-entropy of clean images.
 
     Yields:
@@ -62,13 +66,16 @@ def train_epochs(
     floor = task.before.acc - accuracy_drop - 1e-6  # accuracies come as float32
     schedule = None if patience else torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(max_epochs, 1))
     generator, noise = task.generator(), task.generator()
-    with task.mask.held(optimizer):
+    processes = task.processes
+    with task.mask.held(optimizer), _averaged(optimizer, processes) as weigh:
         for epoch in count(1):
             if epoch > max_epochs or (patience and epoch - kept_epoch > patience):
                 break
             with task.watch.measure("finetune"), _mode(task.model, norms, noise):
                 for chosen in batches(task, batch_size, generator):
-                    step(chosen)
+                    mine = chosen[processes.share(len(chosen))] if shared else chosen
+                    weigh(len(mine) / len(chosen) if shared else 1 / processes.count)
+                    step(mine)
             if schedule is not None:
                 schedule.step()
             now = task.validate()
@@ -95,6 +102,35 @@ def batches(task: RepairTask, size: int, generator: torch.Generator) -> Iterator
     if size > 1 and len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
     yield from parts
+
+
+@contextmanager
+def _averaged(optimizer: torch.optim.Optimizer, processes: Processes) -> Iterator[Callable[[float], None]]:
+    """Average gradients over processes before each step of ``optimizer``; yields what to call with this one's weight.
+
+    So all take the same steps, also where they went through the same images: on some devices not even then would their
+    gradients be the same to the last bit.
+    """
+    weight = 1.0
+
+    def weigh(now: float) -> None:
+        nonlocal weight
+        weight = now
+
+    def average(*_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        used = torch.tensor([float(p.grad is not None) for p in parameters])
+        processes.average([*gradients, used], weight)
+        for p, gradient, anywhere in zip(parameters, gradients, used.tolist(), strict=True):
+            p.grad = gradient if anywhere else None
+
+    handle = optimizer.register_step_pre_hook(average) if processes.count > 1 else None
+    try:
+        yield weigh
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 @contextmanager

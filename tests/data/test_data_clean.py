@@ -6,11 +6,20 @@ import lightning.pytorch as L  # noqa: N812 - the usual name
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 from torchvision import transforms
 
 from lightning_unlearn.data import HoldoutDataModule
 from lightning_unlearn.data.clean import CleanImages
+from lightning_unlearn.processes import Processes
 from lightning_unlearn.triggers import Normalization, PatchTrigger
 
 
@@ -276,3 +285,55 @@ def test_other_images_of_the_same_dataset_are_fine(clean, module):
     drawn = {*found.holdout.scoring.indices, *found.holdout.validation.indices}
     found.refuse_training_images(Subset(clean, [index for index in range(32) if index not in drawn]))
     found.refuse_training_images(TensorDataset(clean.tensors[0].clone(), clean.tensors[1]))
+
+
+class Stream(IterableDataset[Any]):
+    """Images that have no index."""
+
+    def __init__(self, dataset: TensorDataset) -> None:
+        self.dataset = dataset
+
+    def __iter__(self):
+        return iter(self.dataset)
+
+
+def _test_images(make_clean) -> TensorDataset:
+    """31 of them."""
+    images, labels = make_clean(8, seed=1).tensors
+    return TensorDataset(images[:31], labels[:31])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 40])
+@pytest.mark.parametrize(
+    ("options", "shared"),
+    [
+        ({"batch_size": 4}, True),
+        ({"batch_size": 4, "collate_fn": default_collate}, True),
+        ({"batch_size": 4, "drop_last": True}, False),
+        ({"batch_size": 4, "shuffle": True}, False),
+        ({"batch_size": 4, "sampler": "with replacement"}, False),
+        ({"batch_sampler": [[0, 1, 2], [3], [4, 5, 6, 7]]}, False),
+        ({"batch_size": 4, "stream": True}, False),
+    ],
+)
+def test_processes_share_the_test_part_without_padding(clean, make_clean, module, options, shared, count):
+    test, options = _test_images(make_clean), dict(options)
+    if options.get("sampler"):
+        options["sampler"] = RandomSampler(test, replacement=True, num_samples=9)
+    if options.pop("stream", False):
+        test = Stream(test)
+    trigger = PatchTrigger(size=2, target=0)
+    data = Loaders(clean, DataLoader(test, **options))
+    found = CleanImages(data, module, samples_per_class=2)
+
+    def seen(processes: Processes) -> list[float]:
+        return sorted(image.sum().item() for pairs in found.test(trigger, 4, processes) for image in pairs.clean)
+
+    torch.manual_seed(0)
+    expected = seen(Processes())
+    torch.manual_seed(0)
+    parts = [seen(Processes(rank, count)) for rank in range(count)]
+    assert sorted(value for part in parts for value in part) == expected
+    assert parts[0] == expected or shared
+    if shared:
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
