@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,11 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from lightning_unlearn.checkpoint import load_checkpoint
 from lightning_unlearn.data.clean import CleanImages
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
-from lightning_unlearn.files import free_path
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.logs import log_pictures, log_report, log_round
@@ -34,15 +31,12 @@ from lightning_unlearn.methods.base import check_range
 from lightning_unlearn.progress import round_progress
 from lightning_unlearn.repair import Split, refuse_missing_classes, repair_split
 from lightning_unlearn.report import Report
+from lightning_unlearn.saving import NO_BEST, free_checkpoint, load_original, save_checkpoint, save_report
 from lightning_unlearn.triggers import Trigger
 
 __all__ = ["BackdoorUnlearning"]
 
 _REFUSED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy)
-_NO_BEST = (
-    "source: 'best' needs a ModelCheckpoint that has saved a best model (give it a `monitor`), but there is none; use "
-    "source='last'."
-)
 
 
 class BackdoorUnlearning(Callback):
@@ -177,7 +171,7 @@ class BackdoorUnlearning(Callback):
                 "remove it and repair the averaged checkpoint with `lightning-unlearn repair`."
             )
         if self.source == "best" and not isinstance(trainer.checkpoint_callback, ModelCheckpoint):
-            raise MisconfigurationException(_NO_BEST)
+            raise MisconfigurationException(NO_BEST)
         data = self.clean_data
         if isinstance(data, LightningDataModule):
             if data is trainer.datamodule:  # type: ignore[attr-defined]  # set by the Trainer's connector
@@ -222,12 +216,15 @@ class BackdoorUnlearning(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Repairs the model and writes checkpoint and report."""
-        stem = self._original(trainer, pl_module)
-        report = self.unlearn(trainer, pl_module)
+        stem = load_original(trainer, pl_module, self.source)
+        self.report = self.unlearn(trainer, pl_module)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the Trainer's initialisation
-            report = self._save(trainer, report, stem)
-        self.report = report
-        rank_zero_info(f"Backdoor unlearning: {report.headline()}")
+            if self.report.status == "repaired":
+                path = free_checkpoint(trainer, stem, self.output_dir)
+                self.report = self.report.saved_as(path)
+                save_checkpoint(trainer, path)
+            save_report(trainer, self.report, self.output_dir)
+        rank_zero_info(f"Backdoor unlearning: {self.report.headline()}")
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -320,46 +317,6 @@ class BackdoorUnlearning(Callback):
             return None
         with intact(clean.module):
             return evaluate(forward, clean.test(trigger, num_classes))
-
-    def _original(self, trainer: Trainer, module: LightningModule) -> str:
-        """Load the weights to repair; how the file that holds them is called."""
-        saver = trainer.checkpoint_callback
-        best = getattr(saver, "best_model_path", "")
-        if self.source == "last" or trainer.fast_dev_run:  # type: ignore[attr-defined]  # as in on_train_end
-            # With a monitor the best file may be an earlier epoch's, whose name would mislead.
-            latest = getattr(saver, "last_model_path", "") or ("" if getattr(saver, "monitor", None) else best)
-            return Path(latest or "model").stem
-        if not best:
-            raise MisconfigurationException(_NO_BEST)
-        trainer.strategy.barrier()
-        module.load_state_dict(load_checkpoint(best)["state_dict"])
-        return Path(best).stem
-
-    def _save(self, trainer: Trainer, report: Report, stem: str) -> Report:
-        folder = Path(
-            self.output_dir or getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
-        )
-        folder = Path(trainer.strategy.broadcast(str(folder)))
-        if report.status == "repaired":
-            path = Path(trainer.strategy.broadcast(str(free_path(folder / f"{stem}-unlearned.ckpt"))))
-            report = self.report = report.saved_as(path)
-            partial = path.with_name(f".{path.name}.partial")
-            try:
-                trainer.save_checkpoint(partial, weights_only=False)  # on all processes: it has a barrier
-                if trainer.is_global_zero:
-                    partial.replace(path)
-            finally:
-                if trainer.is_global_zero:
-                    partial.unlink(missing_ok=True)
-            best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-            if best:
-                rank_zero_info(
-                    f"The repaired model is in {path}. {best} still holds the backdoored weights, and so does "
-                    "trainer.test(ckpt_path='best')."
-                )
-        if trainer.is_global_zero:
-            report.save(free_path(folder / "report.json"))
-        return report
 
 
 @torch.no_grad()
