@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -40,9 +40,7 @@ def intact(model: nn.Module) -> Iterator[dict[str, Tensor]]:
                     parameter.requires_grad_(True)
             yield before
     except BaseException:
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(before[name])
+        _put_back(tensors, before)
         raise
     finally:
         for module, training in flags.items():
@@ -50,3 +48,12 @@ def intact(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+
+
+@torch.no_grad()
+def _put_back(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    try:
+        for name, tensor in tensors.items():
+            tensor.copy_(before[name])
+    except KeyboardInterrupt:  # a second Ctrl-C would leave half of them
+        _put_back(tensors, before)
