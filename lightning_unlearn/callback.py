@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import signal
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]  # public, but re-exported implicitly
     rank_zero_info,
     rank_zero_warn,
@@ -20,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from lightning_unlearn.companions import callbacks_of, refuse_companions
 from lightning_unlearn.data.clean import CleanImages
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
@@ -31,7 +35,17 @@ from lightning_unlearn.methods.base import check_range
 from lightning_unlearn.progress import round_progress
 from lightning_unlearn.repair import Split, refuse_missing_classes, repair_split
 from lightning_unlearn.report import Report
-from lightning_unlearn.saving import NO_BEST, free_checkpoint, load_original, save_checkpoint, save_report
+from lightning_unlearn.saving import (
+    NO_BEST,
+    Pointers,
+    load_original,
+    original_stem,
+    output_folder,
+    refuse_unwritable,
+    save_checkpoint,
+    save_report,
+    warn_of_unrepaired,
+)
 from lightning_unlearn.triggers import Trigger
 
 __all__ = ["BackdoorUnlearning"]
@@ -49,7 +63,8 @@ class BackdoorUnlearning(Callback):
 
     Note:
         ``ModelCheckpoint`` has written its files before: they hold the backdoored weights, and so does
-        ``trainer.test(ckpt_path="best")``. Use the model in memory, or the path in ``report.checkpoint``.
+        ``trainer.test(ckpt_path="best")``. Use the model in memory, or the path in ``report.checkpoint``, or
+        ``repoint=True``.
 
     Args:
         clean_data: clean images that the model was not trained on, as a :class:`~lightning_unlearn.HoldoutDataModule`,
@@ -62,8 +77,12 @@ class BackdoorUnlearning(Callback):
             itself.
         seed: seed of the draw and of the method.
         source: which weights to repair: the ``"last"``, or the ``"best"`` of the Trainer's ModelCheckpoint.
-        output_dir: where checkpoint and report go; by default where the Trainer keeps its checkpoints.
-        batch_size: most clean images in one forward pass, with as many triggered ones.
+        output_dir: where checkpoint and report go, a path or an address that fsspec knows; by default where the
+            Trainer keeps its checkpoints.
+        repoint: make the Trainer's ModelCheckpoint call the repaired file its best and last, until the next ``fit``, so
+            that ``trainer.test(ckpt_path="best")`` tests the repaired model.
+        batch_size: most clean images in one forward pass, with as many triggered ones; if memory runs out, half as
+            many are tried once.
         force: repair even if the trigger's attack success rate is already low.
         min_asr: below this rate, on the clean images drawn, the model counts as not backdoored and is left alone.
 
@@ -92,6 +111,7 @@ class BackdoorUnlearning(Callback):
         seed: int = 0,
         source: Literal["last", "best"] = "last",
         output_dir: str | None = None,
+        repoint: bool = False,
         batch_size: int = 128,
         force: bool = False,
         min_asr: float = 0.1,
@@ -127,12 +147,15 @@ class BackdoorUnlearning(Callback):
         self.seed = seed
         self.source = source
         self.output_dir = output_dir
+        self.repoint = repoint
         self.batch_size = batch_size
         self.force = force
         self.min_asr = min_asr
         self.report: Report | None = None
         self._mask: dict[str, Tensor] | None = None  # what is pruned by now, in an earlier run or in this one
-        self._held: FilterMask | None = None  # after resuming: keeps what was pruned at zero
+        self._held: FilterMask | None = None  # what stays at zero: in training after resuming, and after a repair
+        self._pointers: Pointers | None = None  # what `repoint` has changed
+        self._left_with: str | None = None  # while the repair works: what the model holds if it is broken off now
 
     def logits(self, module: LightningModule, images: Tensor) -> Tensor:
         """How to get (N, classes) logits from (N, C, H, W) images; override it where ``module(images)`` is not that."""
@@ -163,13 +186,12 @@ class BackdoorUnlearning(Callback):
                 f"{type(trainer.strategy).__name__} shards them; train so, then repair the checkpoint with "
                 "`lightning-unlearn repair` on one device."
             )
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by the Trainer's connector
-        averaging = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
-        if averaging:
+        if any(callback.source != self.source for callback in _unlearners(trainer)):
             raise MisconfigurationException(
-                f"callbacks: {averaging[0]} replaces the weights in every checkpoint by averaged, unrepaired ones; "
-                "remove it and repair the averaged checkpoint with `lightning-unlearn repair`."
+                "source: several BackdoorUnlearning callbacks repair one model one after another, so all need the same "
+                "source."
             )
+        refuse_companions(trainer, self)
         if self.source == "best" and not isinstance(trainer.checkpoint_callback, ModelCheckpoint):
             raise MisconfigurationException(NO_BEST)
         data = self.clean_data
@@ -185,11 +207,15 @@ class BackdoorUnlearning(Callback):
                     "DataModule's instead of its own; create the CLI with load_from_checkpoint_support=False, as "
                     "`lightning-unlearn fit` does."
                 )
-        self.report, self._held, self._mask = None, None, None
+        if self._pointers is not None:
+            self._pointers.restore()
+        self.report = self._held = self._mask = self._pointers = self._left_with = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tries the model on one image and the trigger on all, and after resuming takes up the mask again."""
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the Trainer's initialisation
+            refuse_unwritable(trainer, output_folder(trainer, self.output_dir))
         clean = self._clean_images(pl_module)
         for loader in CombinedLoader(trainer.train_dataloader).flattened:  # there may be several
             if isinstance(loader, DataLoader):
@@ -216,15 +242,57 @@ class BackdoorUnlearning(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Repairs the model and writes checkpoint and report."""
-        stem = load_original(trainer, pl_module, self.source)
-        self.report = self.unlearn(trainer, pl_module)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the Trainer's initialisation
-            if self.report.status == "repaired":
-                path = free_checkpoint(trainer, stem, self.output_dir)
-                self.report = self.report.saved_as(path)
-                save_checkpoint(trainer, path)
-            save_report(trainer, self.report, self.output_dir)
+        saves = not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by the Trainer's initialisation
+        self._left_with = "the weights with which training ended, NOT repaired; no file was written"
+        with intact(pl_module):
+            # A later callback goes on from what an earlier one has left, and keeps at zero what that one pruned.
+            unlearners = _unlearners(trainer)
+            earlier = unlearners[: unlearners.index(self)]
+            if self.source == "best" and saves and not earlier:
+                load_original(trainer, pl_module)
+            for other in earlier:
+                self._hold(other._held)
+            report = self.unlearn(trainer, pl_module)
+        self.report = report
+        if saves:
+            self._save(trainer, report)
+        self._left_with = None
         rank_zero_info(f"Backdoor unlearning: {self.report.headline()}")
+
+    def _hold(self, mask: FilterMask | None) -> None:
+        if self._held is None:
+            self._held = mask
+        elif mask is not None:
+            self._held.load_state_dict(mask.state_dict())
+
+    def _save(self, trainer: Trainer, report: Report) -> None:
+        """Write checkpoint and report; the model stays repaired whatever becomes of that."""
+        folder = output_folder(trainer, self.output_dir)
+        if report.status == "repaired":
+            self._left_with = "the REPAIRED weights, but no file does; trainer.save_checkpoint saves them"
+            if self._held is not None:
+                for optimizer in trainer.optimizers:
+                    self._held.forget(optimizer)
+            stem = original_stem(trainer, self.source)
+            name = trainer.strategy.broadcast(folder.free(f"{stem}-unlearned.ckpt"))
+            self.report = report.saved_as(folder.path(name))
+            try:
+                save_checkpoint(trainer, folder, name)
+            except BaseException:
+                self.report = report
+                raise
+            self._left_with = f"the REPAIRED weights, and so does {self.report.checkpoint}; there is no report.json"
+        save_report(trainer, folder, self.report)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Says what the model is left with if the repair was broken off."""
+        if self._left_with is not None:
+            rank_zero_warn(
+                f"BackdoorUnlearning was broken off by {type(exception).__name__}: the model holds {self._left_with}. "
+                "The original checkpoints are as they were."
+            )
+            self._left_with = None
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -235,6 +303,30 @@ class BackdoorUnlearning(Callback):
                 "finished run was resumed): the model is NOT repaired. Use `lightning-unlearn repair --ckpt_path` on "
                 "the finished checkpoint."
             )
+        elif self.report.checkpoint and self.repoint:
+            # Only now, since ModelCheckpoint may still save its last in `on_train_end`.
+            self._pointers = Pointers.to(trainer, self.report.checkpoint)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warns if weights from before the repair were loaded."""
+        if trainer.state.fn == TrainerFn.VALIDATING:  # not within `fit`
+            self._warn_of_unrepaired(trainer)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warns if weights from before the repair were loaded."""
+        self._warn_of_unrepaired(trainer)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warns if weights from before the repair were loaded."""
+        self._warn_of_unrepaired(trainer)
+
+    def _warn_of_unrepaired(self, trainer: Trainer) -> None:
+        if self.report is not None and self.report.status == "repaired":
+            reports = [callback.report for callback in _unlearners(trainer)]
+            warn_of_unrepaired(trainer, [report.checkpoint for report in reports if report and report.checkpoint])
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -274,9 +366,11 @@ class BackdoorUnlearning(Callback):
 
             def on_round(done: Round) -> None:
                 nonlocal pruned
-                pruned += len(done.pruned)
+                pruned = len(done.pruned) + (pruned if done.round > 1 else 0)  # a second try begins at round 1
                 show(done)
                 log_round(trainer, done, pruned)
+                if trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False):
+                    raise SIGTERMException(128 + signal.SIGTERM)  # Lightning's own says that all went well: code 0
 
             result = repair_split(
                 module,
@@ -299,8 +393,8 @@ class BackdoorUnlearning(Callback):
             result, trigger, samples_per_class=clean.holdout.samples_per_class, seed=self.seed, test=test
         )
         report = trainer.strategy.broadcast(report)
-        self._mask = result.mask.state_dict()
         log_report(trainer, report)
+        self._mask, self._held = result.mask.state_dict(), result.mask
         return report
 
     def _clean_images(self, module: LightningModule) -> CleanImages:
@@ -317,6 +411,10 @@ class BackdoorUnlearning(Callback):
             return None
         with intact(clean.module):
             return evaluate(forward, clean.test(trigger, num_classes))
+
+
+def _unlearners(trainer: Trainer) -> list[BackdoorUnlearning]:
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, BackdoorUnlearning)]
 
 
 @torch.no_grad()
