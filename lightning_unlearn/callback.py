@@ -275,14 +275,16 @@ class BackdoorUnlearning(Callback):
                     self._held.forget(optimizer)
             stem = original_stem(trainer, self.source)
             name = trainer.strategy.broadcast(folder.free(f"{stem}-unlearned.ckpt"))
-            self.report = report.saved_as(folder.path(name))
+            # The state that goes into the checkpoint says where that is.
+            report, unsaved = report.saved_as(folder.path(name)), report
+            self.report = report
             try:
                 save_checkpoint(trainer, folder, name)
             except BaseException:
-                self.report = report
+                self.report = unsaved
                 raise
-            self._left_with = f"the REPAIRED weights, and so does {self.report.checkpoint}; there is no report.json"
-        save_report(trainer, folder, self.report)
+            self._left_with = f"the REPAIRED weights, and so does {report.checkpoint}; there is no report.json"
+        save_report(trainer, folder, report)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -299,8 +301,8 @@ class BackdoorUnlearning(Callback):
         """Warns if training ended in a way that skipped the repair."""
         if self.report is None:
             rank_zero_warn(
-                "BackdoorUnlearning never ran, because no training step did (max_epochs=0, limit_train_batches=0, or a "
-                "finished run was resumed): the model is NOT repaired. Use `lightning-unlearn repair --ckpt_path` on "
+                "BackdoorUnlearning never ran, because no training step did (max_epochs=0, limit_train_batches=0, max_time "
+                "over at once, or a finished run was resumed): the model is NOT repaired. Use `lightning-unlearn repair --ckpt_path` on "
                 "the finished checkpoint."
             )
         elif self.report.checkpoint and self.repoint:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L  # noqa: N812 - the usual name
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -31,6 +32,21 @@ class Stops(L.Callback):
         trainer.should_stop = True
 
 
+class Expires(Timer):
+    """What ``max_time`` adds, with a clock that is at the end after the first step."""
+
+    def __init__(self) -> None:
+        super().__init__({"hours": 1})
+        self.elapsed = 0.0
+
+    def on_train_batch_end(self, trainer, *args: Any, **kwargs: Any) -> None:
+        self.elapsed = 3601.0
+        super().on_train_batch_end(trainer, *args, **kwargs)
+
+    def time_elapsed(self, stage=None) -> float:
+        return self.elapsed
+
+
 @pytest.mark.parametrize(
     ("settings", "callbacks", "steps"),
     [
@@ -39,10 +55,19 @@ class Stops(L.Callback):
         ({"max_epochs": 9}, [EarlyStopping("loss", patience=1, check_on_train_epoch_end=True)], 6),
         ({"max_epochs": 9, "min_epochs": 1}, [Stops()], 3),
         ({"overfit_batches": 1}, [], 1),
+        ({"max_epochs": -1}, [Expires()], 1),
+        ({"limit_train_batches": 2}, [], 2),
+        ({"limit_train_batches": 0.5}, [], 1),
+        ({"limit_val_batches": 0}, [], 3),
+        ({"val_check_interval": 2, "limit_val_batches": 1}, [], 3),
+        ({"accumulate_grad_batches": 3}, [], 1),
         ({"barebones": True, "default_root_dir": None, "logger": None}, [], 3),
         ({"precision": "bf16-mixed"}, [], 3),
     ],
-    ids=["max_epochs", "max_steps", "EarlyStopping", "should_stop", "overfit_batches", "barebones", "bf16-mixed"],
+    ids=(
+        "max_epochs max_steps EarlyStopping should_stop overfit_batches max_time limit_train_batches=2 "
+        "limit_train_batches=0.5 limit_val_batches=0 val_check_interval accumulate_grad_batches barebones bf16-mixed"
+    ).split(),
 )
 def test_runs_however_training_ends(setting, monkeypatch, settings, callbacks, steps):
     monkeypatch.chdir(setting.folder)
@@ -67,7 +92,7 @@ def test_fast_dev_run_writes_nothing(setting, monkeypatch):
     assert not (setting.folder / "out").exists()
 
 
-@pytest.mark.parametrize("settings", [{"max_epochs": 0}, {"limit_train_batches": 0}], ids=str)
+@pytest.mark.parametrize("settings", [{"max_epochs": 0}, {"limit_train_batches": 0}, {"max_time": {"seconds": 0}}], ids=str)
 def test_warns_if_it_never_ran(setting, settings):
     callback, model = setting.callback(), setting.model()
     with pytest.warns(UserWarning, match=NEVER_RAN):
@@ -119,6 +144,45 @@ def test_training_is_the_same_with_and_without(setting):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+def test_one_trainer_in_two_fits(setting):
+    """The second trains on and repairs what the first has left."""
+    callback, model = setting.callback(), setting.model(0.1)
+    trainer = setting.trainer(callback, enable_checkpointing=False)
+    trainer.fit(model, setting.loader())
+    first = callback.report
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, setting.loader())
+    assert callback.report is not first
+    assert callback.report.status == "not backdoored"
+    assert setting.files() == ["model-unlearned.ckpt", "report-v1.json", "report.json"]
+
+
+def test_resuming_before_the_end(setting):
+    """From a checkpoint in the middle, with weights that were never repaired: they are repaired at the new end."""
+    saver = ModelCheckpoint(setting.folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    with pytest.warns(UserWarning, match="NOT repaired"), pytest.raises(RuntimeError, match="power cut"):
+        setting.trainer(setting.callback(method=Breaks()), saver).fit(setting.model(), setting.loader())
+    callback, model = setting.callback(), setting.model()
+    trainer = setting.trainer(callback, enable_checkpointing=False)
+    trainer.fit(model, setting.loader(), ckpt_path=setting.folder / "step=2.ckpt")
+    assert trainer.global_step == 3
+    assert callback.report.filters["by_layer"] == {"net.0": [3]}
+    assert backdoor_is_gone(model)
+
+
+@pytest.mark.parametrize("loggers", [0, 1, 2])
+def test_loggers(setting, loggers):
+    several = [CSVLogger(setting.folder, name=f"log-{number}") for number in range(loggers)]
+    callback = setting.callback()
+    setting.trainer(callback, logger=several or False, enable_checkpointing=False).fit(
+        setting.model(), setting.loader()
+    )
+    assert callback.report.status == "repaired"
+    for logger in several:
+        assert "unlearn/asr_after" in (Path(logger.log_dir) / "metrics.csv").read_text()
+    assert setting.files() == sorted(["metrics.csv"] * loggers + ["model-unlearned.ckpt", "report.json"])
+
+
 def test_one_callback_in_two_fits(setting):
     callback = setting.callback()
     setting.trainer(callback).fit(setting.model(), setting.loader())
@@ -137,6 +201,11 @@ def test_does_nothing_in_other_loops(setting):
     setting.trainer(callback).test(model, setting.loader(), verbose=False)
     assert callback.report is None
     assert not backdoor_is_gone(model)
+
+
+class Breaks(RepairMethod):
+    def repair(self, task):
+        raise RuntimeError("power cut")
 
 
 # State
