@@ -301,9 +301,9 @@ class BackdoorUnlearning(Callback):
         """Warns if training ended in a way that skipped the repair."""
         if self.report is None:
             rank_zero_warn(
-                "BackdoorUnlearning never ran, because no training step did (max_epochs=0, limit_train_batches=0, max_time "
-                "over at once, or a finished run was resumed): the model is NOT repaired. Use `lightning-unlearn repair --ckpt_path` on "
-                "the finished checkpoint."
+                "BackdoorUnlearning never ran, because no training step did (max_epochs=0, limit_train_batches=0, "
+                "max_time over at once, or a finished run was resumed): the model is NOT repaired. Use "
+                "`lightning-unlearn repair --ckpt_path` on the finished checkpoint."
             )
         elif self.report.checkpoint and self.repoint:
             # Only now, since ModelCheckpoint may still save its last in `on_train_end`.

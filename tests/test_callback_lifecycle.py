@@ -64,10 +64,21 @@ class Expires(Timer):
         ({"barebones": True, "default_root_dir": None, "logger": None}, [], 3),
         ({"precision": "bf16-mixed"}, [], 3),
     ],
-    ids=(
-        "max_epochs max_steps EarlyStopping should_stop overfit_batches max_time limit_train_batches=2 "
-        "limit_train_batches=0.5 limit_val_batches=0 val_check_interval accumulate_grad_batches barebones bf16-mixed"
-    ).split(),
+    ids=[
+        "max_epochs",
+        "max_steps",
+        "EarlyStopping",
+        "should_stop",
+        "overfit_batches",
+        "max_time",
+        "limit_train_batches=2",
+        "limit_train_batches=0.5",
+        "limit_val_batches=0",
+        "val_check_interval",
+        "accumulate_grad_batches",
+        "barebones",
+        "bf16-mixed",
+    ],
 )
 def test_runs_however_training_ends(setting, monkeypatch, settings, callbacks, steps):
     monkeypatch.chdir(setting.folder)
@@ -92,7 +103,9 @@ def test_fast_dev_run_writes_nothing(setting, monkeypatch):
     assert not (setting.folder / "out").exists()
 
 
-@pytest.mark.parametrize("settings", [{"max_epochs": 0}, {"limit_train_batches": 0}, {"max_time": {"seconds": 0}}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"max_epochs": 0}, {"limit_train_batches": 0}, {"max_time": "00:00:00:00"}], ids=str
+)
 def test_warns_if_it_never_ran(setting, settings):
     callback, model = setting.callback(), setting.model()
     with pytest.warns(UserWarning, match=NEVER_RAN):
