@@ -155,6 +155,7 @@ class BackdoorUnlearning(Callback):
         self._mask: dict[str, Tensor] | None = None  # what is pruned by now, in an earlier run or in this one
         self._held: FilterMask | None = None  # what stays at zero: in training after resuming, and after a repair
         self._pointers: Pointers | None = None  # what `repoint` has changed
+        self._original: dict[str, Tensor] | None = None  # while the repair works: the weights as they were
         self._left_with: str | None = None  # while the repair works: what the model holds if it is broken off now
 
     def logits(self, module: LightningModule, images: Tensor) -> Tensor:
@@ -210,6 +211,7 @@ class BackdoorUnlearning(Callback):
         if self._pointers is not None:
             self._pointers.restore()
         self.report = self._held = self._mask = self._pointers = self._left_with = None
+        self._original = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -244,7 +246,7 @@ class BackdoorUnlearning(Callback):
         """Repairs the model and writes checkpoint and report."""
         saves = not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by the Trainer's initialisation
         self._left_with = "the weights with which training ended, NOT repaired; no file was written"
-        with intact(pl_module):
+        with intact(pl_module) as self._original:
             # A later callback goes on from what an earlier one has left, and keeps at zero what that one pruned.
             unlearners = _unlearners(trainer)
             earlier = unlearners[: unlearners.index(self)]
@@ -253,7 +255,7 @@ class BackdoorUnlearning(Callback):
             for other in earlier:
                 self._hold(other._held)
             report = self.unlearn(trainer, pl_module)
-        self.report = report
+        self.report, self._original = report, None
         if saves:
             self._save(trainer, report)
         self._left_with = None
@@ -329,6 +331,13 @@ class BackdoorUnlearning(Callback):
         if self.report is not None and self.report.status == "repaired":
             reports = [callback.report for callback in _unlearners(trainer)]
             warn_of_unrepaired(trainer, [report.checkpoint for report in reports if report and report.checkpoint])
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps half-repaired weights out of what SLURM's requeueing saves at any moment."""
+        if self._original is not None:
+            weights = checkpoint["state_dict"]
+            weights.update({name: tensor for name, tensor in self._original.items() if name in weights})
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -200,6 +200,26 @@ def test_what_is_saved_on_the_exception(setting):
     assert callback.state_key not in saved["callbacks"]
 
 
+def test_what_is_saved_in_the_middle(setting):
+    """By SLURM's requeueing, whose signal makes Lightning save a checkpoint at any moment."""
+
+    class Saves(RepairMethod):
+        def repair(self, task):
+            for number in GradPrune(max_rounds=1, finetune=False).repair(task):
+                assert not task.model.net[0].weight[3].any()
+                trainer.save_checkpoint(setting.folder / "hpc_ckpt_1.ckpt")
+                yield number
+
+    callback, model = setting.callback(method=Saves()), setting.model()
+    trainer = setting.trainer(callback)
+    trainer.fit(model, setting.loader())
+    saved = torch.load(setting.folder / "hpc_ckpt_1.ckpt", weights_only=True)
+    assert all(torch.equal(value, setting.original[name[4:]]) for name, value in saved["state_dict"].items())
+    assert callback.state_key not in saved["callbacks"]
+    assert backdoor_is_gone(model)
+    assert not torch.load(callback.report.checkpoint, weights_only=True)["state_dict"]["net.0.weight"][3].any()
+
+
 def test_out_of_memory_once(setting):
     class Greedy(RepairMethod):
         def repair(self, task):
