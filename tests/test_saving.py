@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_unlearn.methods import FineTuning, GradPrune
+from lightning_unlearn.methods import FineTuning, GradPrune, RepairMethod
 from lightning_unlearn.triggers import BlendTrigger
 from tests.small_fits import Model, Setting, backdoor_is_gone
 
@@ -286,6 +286,27 @@ def test_two_callbacks_keep_each_others_work(setting, source):
     assert second.report.rounds
     assert backdoor_is_gone(model)
     assert torch.load(second.report.checkpoint, weights_only=True)["callbacks"][second.state_key]["mask"]["net.0"][3]
+
+
+class Shifts(RepairMethod):
+    """Adds one to all logits, which changes no answer."""
+
+    def repair(self, task):
+        with torch.no_grad():
+            task.model.net[3].bias += 1
+        yield task.round("prune", task.validate())
+
+
+def test_the_best_is_loaded_once(setting):
+    """Else a second callback would throw away what the first did to weights that no mask names."""
+    callbacks = [
+        setting.callback(trigger=BlendTrigger(ratio=0.5, target=1), method=Shifts(), force=True, source="best"),
+        setting.callback(source="best"),
+    ]
+    model = setting.model()
+    setting.trainer(*callbacks).fit(model, setting.loader())
+    assert torch.equal(model.net[3].bias, setting.original["3.bias"] + 1)
+    assert backdoor_is_gone(model)
 
 
 def test_two_sources(setting):
