@@ -82,7 +82,9 @@ def test_averaged_weights_are_repaired(setting, norm):
     assert backdoor_is_gone(model)
     if not norm:  # in the additional epoch momentum still moves them
         assert torch.equal(model.net[0].weight[:3], averaging._average_model.net[0].weight[:3])
-    assert not torch.load(callback.report.checkpoint, weights_only=True)["state_dict"]["net.0.weight"][3].any()
+    # With torch 2.4 SWA's own scheduler puts a function into every checkpoint.
+    saved = torch.load(callback.report.checkpoint, weights_only=False)
+    assert not saved["state_dict"]["net.0.weight"][3].any()
 
 
 def test_no_companion_is_forgotten(setting):
