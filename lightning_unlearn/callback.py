@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+import signal
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]  # public, but re-exported implicitly
     rank_zero_info,
     rank_zero_warn,
@@ -22,11 +24,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from lightning_unlearn.checkpoint import load_checkpoint
+from lightning_unlearn.companions import callbacks_of, refuse_companions
 from lightning_unlearn.data.clean import CleanImages
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
-from lightning_unlearn.files import free_path
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.logs import log_pictures, log_report, log_round
@@ -36,16 +37,23 @@ from lightning_unlearn.processes import Processes
 from lightning_unlearn.progress import round_progress
 from lightning_unlearn.repair import Split, refuse_missing_classes, repair_split
 from lightning_unlearn.report import Report
+from lightning_unlearn.saving import (
+    NO_BEST,
+    Pointers,
+    load_original,
+    original_stem,
+    output_folder,
+    refuse_unwritable,
+    save_checkpoint,
+    save_report,
+    warn_of_unrepaired,
+)
 from lightning_unlearn.triggers import Trigger
 
 __all__ = ["BackdoorUnlearning"]
 
 _REFUSED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy)
 _REFUSED_PRECISIONS = (TransformerEnginePrecision, BitsandbytesPrecision)
-_NO_BEST = (
-    "source: 'best' needs a ModelCheckpoint that has saved a best model (give it a `monitor`), but there is none; use "
-    "source='last'."
-)
 
 
 class BackdoorUnlearning(Callback):
@@ -58,7 +66,8 @@ class BackdoorUnlearning(Callback):
 
     Note:
         ``ModelCheckpoint`` has written its files before: they hold the backdoored weights, and so does
-        ``trainer.test(ckpt_path="best")``. Use the model in memory, or the path in ``report.checkpoint``.
+        ``trainer.test(ckpt_path="best")``. Use the model in memory, or the path in ``report.checkpoint``, or
+        ``repoint=True``.
 
     Args:
         clean_data: clean images that the model was not trained on, as a :class:`~lightning_unlearn.HoldoutDataModule`,
@@ -71,8 +80,12 @@ class BackdoorUnlearning(Callback):
             itself.
         seed: seed of the draw and of the method.
         source: which weights to repair: the ``"last"``, or the ``"best"`` of the Trainer's ModelCheckpoint.
-        output_dir: where checkpoint and report go; by default where the Trainer keeps its checkpoints.
-        batch_size: most clean images in one forward pass, with as many triggered ones.
+        output_dir: where checkpoint and report go, a path or an address that fsspec knows; by default where the
+            Trainer keeps its checkpoints.
+        repoint: make the Trainer's ModelCheckpoint call the repaired file its best and last, until the next ``fit``, so
+            that ``trainer.test(ckpt_path="best")`` tests the repaired model.
+        batch_size: most clean images in one forward pass, with as many triggered ones; if memory runs out, half as
+            many are tried once.
         force: repair even if the trigger's attack success rate is already low.
         min_asr: below this rate, on the clean images drawn, the model counts as not backdoored and is left alone.
 
@@ -101,6 +114,7 @@ class BackdoorUnlearning(Callback):
         seed: int = 0,
         source: Literal["last", "best"] = "last",
         output_dir: str | None = None,
+        repoint: bool = False,
         batch_size: int = 128,
         force: bool = False,
         min_asr: float = 0.1,
@@ -136,12 +150,16 @@ class BackdoorUnlearning(Callback):
         self.seed = seed
         self.source = source
         self.output_dir = output_dir
+        self.repoint = repoint
         self.batch_size = batch_size
         self.force = force
         self.min_asr = min_asr
         self.report: Report | None = None
         self._mask: dict[str, Tensor] | None = None  # what is pruned by now, in an earlier run or in this one
-        self._held: FilterMask | None = None  # after resuming: keeps what was pruned at zero
+        self._held: FilterMask | None = None  # what stays at zero: in training after resuming, and after a repair
+        self._pointers: Pointers | None = None  # what `repoint` has changed
+        self._original: dict[str, Tensor] | None = None  # while the repair works: the weights as they were
+        self._left_with: str | None = None  # while the repair works: what the model holds if it is broken off now
 
     def logits(self, module: LightningModule, images: Tensor) -> Tensor:
         """How to get (N, classes) logits from (N, C, H, W) images; override it where ``module(images)`` is not that."""
@@ -167,15 +185,14 @@ class BackdoorUnlearning(Callback):
         if stage != "fit":
             return
         _refuse_strategy(trainer)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by the Trainer's connector
-        averaging = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
-        if averaging:
+        if any(callback.source != self.source for callback in _unlearners(trainer)):
             raise MisconfigurationException(
-                f"callbacks: {averaging[0]} replaces the weights in every checkpoint by averaged, unrepaired ones; "
-                "remove it and repair the averaged checkpoint with `lightning-unlearn repair`."
+                "source: several BackdoorUnlearning callbacks repair one model one after another, so all need the same "
+                "source."
             )
+        refuse_companions(trainer, self)
         if self.source == "best" and not isinstance(trainer.checkpoint_callback, ModelCheckpoint):
-            raise MisconfigurationException(_NO_BEST)
+            raise MisconfigurationException(NO_BEST)
         data = self.clean_data
         if isinstance(data, LightningDataModule):
             if data is trainer.datamodule:  # type: ignore[attr-defined]  # set by the Trainer's connector
@@ -189,11 +206,16 @@ class BackdoorUnlearning(Callback):
                     "DataModule's instead of its own; create the CLI with load_from_checkpoint_support=False, as "
                     "`lightning-unlearn fit` does."
                 )
-        self.report, self._held, self._mask = None, None, None
+        if self._pointers is not None:
+            self._pointers.restore()
+        self.report = self._held = self._mask = self._pointers = self._left_with = None
+        self._original = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tries the model on one image and the trigger on all, and after resuming takes up the mask again."""
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the Trainer's initialisation
+            refuse_unwritable(trainer, output_folder(trainer, self.output_dir))
         clean = self._clean_images(pl_module)
         for loader in CombinedLoader(trainer.train_dataloader).flattened:  # there may be several
             if isinstance(loader, DataLoader):
@@ -220,22 +242,100 @@ class BackdoorUnlearning(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Repairs the model and writes checkpoint and report."""
-        stem = self._original(trainer, pl_module)
-        report = self.unlearn(trainer, pl_module)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the Trainer's initialisation
-            report = self._save(trainer, report, stem)
-        self.report = report
-        rank_zero_info(f"Backdoor unlearning: {report.headline()}")
+        saves = not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by the Trainer's initialisation
+        self._left_with = "the weights with which training ended, NOT repaired; no file was written"
+        with intact(pl_module) as self._original:
+            # A later callback goes on from what an earlier one has left, and keeps at zero what that one pruned.
+            unlearners = _unlearners(trainer)
+            earlier = unlearners[: unlearners.index(self)]
+            if self.source == "best" and saves and not earlier:
+                load_original(trainer, pl_module)
+            for other in earlier:
+                self._hold(other._held)
+            report = self.unlearn(trainer, pl_module)
+        self.report, self._original = report, None
+        if saves:
+            self._save(trainer, report)
+        self._left_with = None
+        rank_zero_info(f"Backdoor unlearning: {self.report.headline()}")
+
+    def _hold(self, mask: FilterMask | None) -> None:
+        if self._held is None:
+            self._held = mask
+        elif mask is not None:
+            self._held.load_state_dict(mask.state_dict())
+
+    def _save(self, trainer: Trainer, report: Report) -> None:
+        """Write checkpoint and report; the model stays repaired whatever becomes of that."""
+        folder = output_folder(trainer, self.output_dir)
+        if report.status == "repaired":
+            self._left_with = "the REPAIRED weights, but no file does; trainer.save_checkpoint saves them"
+            if self._held is not None:
+                for optimizer in trainer.optimizers:
+                    self._held.forget(optimizer)
+            stem = original_stem(trainer, self.source)
+            name = trainer.strategy.broadcast(folder.free(f"{stem}-unlearned.ckpt"))
+            # The state that goes into the checkpoint says where that is.
+            report, unsaved = report.saved_as(folder.path(name)), report
+            self.report = report
+            try:
+                save_checkpoint(trainer, folder, name)
+            except BaseException:
+                self.report = unsaved
+                raise
+            self._left_with = f"the REPAIRED weights, and so does {report.checkpoint}; there is no report.json"
+        save_report(trainer, folder, report)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Says what the model is left with if the repair was broken off."""
+        if self._left_with is not None:
+            rank_zero_warn(
+                f"BackdoorUnlearning was broken off by {type(exception).__name__}: the model holds {self._left_with}. "
+                "The original checkpoints are as they were."
+            )
+            self._left_with = None
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warns if training ended in a way that skipped the repair."""
         if self.report is None:
             rank_zero_warn(
-                "BackdoorUnlearning never ran, because no training step did (max_epochs=0, limit_train_batches=0, or a "
-                "finished run was resumed): the model is NOT repaired. Use `lightning-unlearn repair --ckpt_path` on "
-                "the finished checkpoint."
+                "BackdoorUnlearning never ran, because no training step did (max_epochs=0, limit_train_batches=0, "
+                "max_time over at once, or a finished run was resumed): the model is NOT repaired. Use "
+                "`lightning-unlearn repair --ckpt_path` on the finished checkpoint."
             )
+        elif self.report.checkpoint and self.repoint:
+            # Only now, since ModelCheckpoint may still save its last in `on_train_end`.
+            self._pointers = Pointers.to(trainer, self.report.checkpoint)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warns if weights from before the repair were loaded."""
+        if trainer.state.fn == TrainerFn.VALIDATING:  # not within `fit`
+            self._warn_of_unrepaired(trainer)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warns if weights from before the repair were loaded."""
+        self._warn_of_unrepaired(trainer)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warns if weights from before the repair were loaded."""
+        self._warn_of_unrepaired(trainer)
+
+    def _warn_of_unrepaired(self, trainer: Trainer) -> None:
+        if self.report is not None and self.report.status == "repaired":
+            reports = [callback.report for callback in _unlearners(trainer)]
+            warn_of_unrepaired(trainer, [report.checkpoint for report in reports if report and report.checkpoint])
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps half-repaired weights out of what SLURM's requeueing saves at any moment."""
+        if self._original is not None:
+            weights = checkpoint["state_dict"]
+            weights.update({name: tensor for name, tensor in self._original.items() if name in weights})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -291,9 +391,11 @@ class BackdoorUnlearning(Callback):
 
             def on_round(done: Round) -> None:
                 nonlocal pruned
-                pruned += len(done.pruned)
+                pruned = len(done.pruned) + (pruned if done.round > 1 else 0)  # a second try begins at round 1
                 show(done)
                 log_round(trainer, done, pruned)
+                if trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False):
+                    raise SIGTERMException(128 + signal.SIGTERM)  # Lightning's own says that all went well: code 0
 
             result = repair_split(
                 module,
@@ -317,8 +419,8 @@ class BackdoorUnlearning(Callback):
             result, trigger, samples_per_class=clean.holdout.samples_per_class, seed=self.seed, test=test
         )
         report = trainer.strategy.broadcast(report)
-        self._mask = result.mask.state_dict()
         log_report(trainer, report)
+        self._mask, self._held = result.mask.state_dict(), result.mask
         return report
 
     def _clean_images(self, module: LightningModule) -> CleanImages:
@@ -338,45 +440,9 @@ class BackdoorUnlearning(Callback):
         with intact(clean.module):
             return evaluate(forward, clean.test(trigger, num_classes, processes), processes)
 
-    def _original(self, trainer: Trainer, module: LightningModule) -> str:
-        """Load the weights to repair; how the file that holds them is called."""
-        saver = trainer.checkpoint_callback
-        best = getattr(saver, "best_model_path", "")
-        if self.source == "last" or trainer.fast_dev_run:  # type: ignore[attr-defined]  # as in on_train_end
-            # With a monitor the best file may be an earlier epoch's, whose name would mislead.
-            latest = getattr(saver, "last_model_path", "") or ("" if getattr(saver, "monitor", None) else best)
-            return Path(latest or "model").stem
-        if not best:
-            raise MisconfigurationException(_NO_BEST)
-        trainer.strategy.barrier()
-        module.load_state_dict(load_checkpoint(best)["state_dict"])
-        return Path(best).stem
 
-    def _save(self, trainer: Trainer, report: Report, stem: str) -> Report:
-        folder = Path(
-            self.output_dir or getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
-        )
-        folder = Path(trainer.strategy.broadcast(str(folder)))
-        if report.status == "repaired":
-            path = Path(trainer.strategy.broadcast(str(free_path(folder / f"{stem}-unlearned.ckpt"))))
-            report = self.report = report.saved_as(path)
-            partial = path.with_name(f".{path.name}.partial")
-            try:
-                trainer.save_checkpoint(partial, weights_only=False)  # on all processes: it has a barrier
-                if trainer.is_global_zero:
-                    partial.replace(path)
-            finally:
-                if trainer.is_global_zero:
-                    partial.unlink(missing_ok=True)
-            best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-            if best:
-                rank_zero_info(
-                    f"The repaired model is in {path}. {best} still holds the backdoored weights, and so does "
-                    "trainer.test(ckpt_path='best')."
-                )
-        if trainer.is_global_zero:
-            report.save(free_path(folder / "report.json"))
-        return report
+def _unlearners(trainer: Trainer) -> list[BackdoorUnlearning]:
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, BackdoorUnlearning)]
 
 
 def _refuse_strategy(trainer: Trainer) -> None:

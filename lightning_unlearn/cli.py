@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
-import torch
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 
 from lightning_unlearn.callback import BackdoorUnlearning
-from lightning_unlearn.checkpoint import repaired_checkpoint
+from lightning_unlearn.checkpoint import save_repaired
 from lightning_unlearn.comparison_report import Comparison
-from lightning_unlearn.files import free_path, write_whole
+from lightning_unlearn.folder import Folder
 from lightning_unlearn.offline import CheckpointCLI, CheckpointJob, from_python, load_into, with_output_dir
 from lightning_unlearn.report import Report
 
@@ -75,22 +75,25 @@ def repair(args: Sequence[str]) -> Report | None:
     output_dir, args = with_output_dir(args)
     cli = CheckpointCLI(args)
     checkpoint = load_into(cli)
+    original = cli.config["ckpt_path"]
+    folder = Folder(output_dir or os.path.dirname(original))
+    if cli.trainer.is_global_zero:
+        folder.refuse_unwritable()
     job: CheckpointJob[Report] = CheckpointJob(cli.model, cli.config_init["unlearning"].unlearn)
     cli.trainer.predict(job, return_predictions=False)
     report = job.result
     if report is None or not cli.trainer.is_global_zero:
         return report
-    original = Path(cli.config["ckpt_path"])
-    folder = Path(output_dir) if output_dir else original.parent
     if report.status == "repaired":
-        path = free_path(folder / f"{original.stem}-unlearned.ckpt")
-        repaired = repaired_checkpoint(checkpoint, job.model.state_dict())
-        report = report.saved_as(write_whole(path, lambda partial: torch.save(repaired, partial)))
-    saved = report.save(free_path(folder / "report.json"))
+        name = folder.free(f"{PurePath(original).stem}-unlearned.ckpt")
+        report = report.saved_as(save_repaired(checkpoint, job.model.state_dict(), folder, name))
+    saved = folder.free("report.json")
+    with folder.whole(saved) as partial:
+        folder.fs.pipe(partial, report.to_json().encode())
     console = Console()
     console.print(report)
     console.print(
-        f"Report: {saved}",
+        f"Report: {folder.path(saved)}",
         *([f"Repaired checkpoint: {report.checkpoint}"] if report.checkpoint else []),
         sep="\n",
         soft_wrap=True,

@@ -20,7 +20,7 @@ def run() -> None:
 
         try:
             main()
-        except (ValueError, TypeError, OSError, MisconfigurationException) as error:
+        except (ValueError, TypeError, OSError, MemoryError, MisconfigurationException) as error:
             if sys.argv[1:2] == ["fit"]:
                 raise  # it may come from the user's own training code, where only a traceback tells the place
             sys.exit(f"lightning-unlearn: {' '.join(str(error).split())}")  # torch's messages have many lines

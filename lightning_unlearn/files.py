@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["free_path", "refuse_used_folder", "write_whole"]
+__all__ = ["free_name", "free_path", "refuse_used_folder", "write_whole"]
 
 
 def free_path(path: Path) -> Path:
@@ -18,10 +18,16 @@ def free_path(path: Path) -> Path:
         >>> free_path(Path("surely") / "not-there.ckpt").name
         'not-there.ckpt'
     """
-    number, free = 0, path
-    while os.path.lexists(free):  # a broken link is in the way too
+    # A broken link is in the way, too.
+    return path.with_name(free_name(path.name, lambda name: os.path.lexists(path.with_name(name))))
+
+
+def free_name(name: str, taken: Callable[[str], bool]) -> str:
+    """The name itself, or the first of ``name-v1.ext``, ``name-v2.ext``, … that is not ``taken``."""
+    number, free, (stem, suffix) = 0, name, os.path.splitext(name)
+    while taken(free):
         number += 1
-        free = path.with_name(f"{path.stem}-v{number}{path.suffix}")
+        free = f"{stem}-v{number}{suffix}"
     return free
 
 

@@ -40,9 +40,7 @@ def intact(model: nn.Module) -> Iterator[dict[str, Tensor]]:
                     parameter.requires_grad_(True)
             yield before
     except BaseException:
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(before[name])
+        _put_back(tensors, before)
         raise
     finally:
         for module, training in flags.items():
@@ -60,3 +58,12 @@ def _exact(tensors: Mapping[str, Tensor]) -> Iterator[None]:
             if torch.amp.is_autocast_available(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@torch.no_grad()
+def _put_back(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    try:
+        for name, tensor in tensors.items():
+            tensor.copy_(before[name])
+    except KeyboardInterrupt:  # a second Ctrl-C would leave half of them
+        _put_back(tensors, before)

@@ -45,7 +45,7 @@ def round_progress(trainer: Trainer) -> Iterator[Callable[[Round], None]]:
         try:
             yield advance
         finally:
-            bar.refresh(hard=True)  # a quick repair may be over before anything was drawn
+            progress.refresh()  # a quick repair may be over before anything was drawn; the bar's own may wait
             progress.remove_task(task)
     elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
         with Tqdm(desc="Unlearning", unit="round", leave=True, position=0) as rounds:

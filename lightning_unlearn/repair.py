@@ -17,6 +17,7 @@ from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
+from lightning_unlearn.memory import tries_smaller_batches
 from lightning_unlearn.methods import Alternation, MaskPrune, RepairMethod, RepairTask, Round, Stopwatch
 from lightning_unlearn.methods.base import check_range
 from lightning_unlearn.processes import ALONE, Processes
@@ -123,7 +124,7 @@ def repair(
         share: the share of ``dataset`` to draw instead, in (0, 1]; then give ``samples_per_class=None``.
         validation_share: the part of each class that validates, at least one image.
         seed: seed of the draw and of everything random in the method.
-        batch_size: most images in one forward pass.
+        batch_size: most images in one forward pass; if memory runs out, half as many are tried once.
         force: repair even if the trigger's attack success rate is already low.
         min_asr: below this rate, on the images drawn, a model counts as not backdoored and is left alone.
         auditor: how to estimate an unknown trigger.
@@ -136,6 +137,7 @@ def repair(
     Raises:
         ValueError: if an argument, the data, the trigger or the model does not fit, naming which and how to mend it.
         TypeError: if an argument is of the wrong type.
+        MemoryError: if memory ran out with half of ``batch_size``, too.
 
     Example:
         >>> import torch
@@ -184,6 +186,7 @@ def repair(
     )
 
 
+@tries_smaller_batches
 def repair_split(
     model: nn.Module,
     split: Split,

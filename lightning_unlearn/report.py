@@ -155,10 +155,13 @@ class Report:
         assert isinstance(plain, dict)
         return {"schema_version": plain.pop("schema_version"), **plain}
 
+    def to_json(self) -> str:
+        """The report as the text of ``report.json``."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the report as JSON, whole or not at all."""
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-        return write_whole(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
+        return write_whole(Path(path), lambda partial: partial.write_text(self.to_json(), encoding="utf-8"))
 
     def summary(self) -> str:
         """One sentence on what happened to the model."""

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.methods import RepairMethod, RepairTask, Round
 from lightning_unlearn.repair import Split, repair_split
 from lightning_unlearn.triggers import PatchTrigger, Trigger
+from tests.small_fits import Setting
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -136,6 +138,12 @@ def hand_victim() -> HandVictim:
     brightness = 0.8 + 0.2 * torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
     images[torch.arange(60), 0, labels] = brightness
     return HandVictim(net, PatchTrigger(size=1, target=0), TensorDataset(images, labels))
+
+
+@pytest.fixture
+def setting(hand_victim: HandVictim, tmp_path: Path) -> Setting:
+    """What short fits of the hand-made victim share."""
+    return Setting(hand_victim, tmp_path)
 
 
 class _Capture(RepairMethod):

@@ -4,88 +4,24 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L  # noqa: N812 - the usual name
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the usual name
-from torch.utils.data import DataLoader, Subset
+from torch import nn
 
-from lightning_unlearn import BackdoorUnlearning
 from lightning_unlearn.methods import FineTuning, GradPrune, RepairMethod
 from lightning_unlearn.triggers import BlendTrigger, FunctionTrigger, PatchTrigger
+from tests.small_fits import Model, Setting, backdoor_is_gone
 
 # Several fits of a test share a folder.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 NEVER_RAN = r"BackdoorUnlearning never ran.*NOT repaired.*`lightning-unlearn repair --ckpt_path`"
-
-
-class Model(L.LightningModule):
-    """A net that trains with momentum, so that what was pruned would grow back."""
-
-    def __init__(self, net: nn.Module, learning_rate: float = 0.0) -> None:
-        super().__init__()
-        self.net = net.train()
-        self.learning_rate = learning_rate
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
-
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        loss = F.cross_entropy(self.net(batch[0]), batch[1])
-        self.log("loss", loss)
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
-
-
-@pytest.fixture
-def setting(hand_victim, tmp_path):
-    """The hand-made victim, whose filter 3 is the backdoor, and what its fits share."""
-    return Setting(hand_victim, tmp_path)
-
-
-class Setting:
-    def __init__(self, victim: Any, folder: Path) -> None:
-        self.victim = victim
-        self.folder = folder
-        # Filters at zero get a gradient through a leaky ReLU: else they would stay at zero by themselves.
-        victim.net[1] = nn.LeakyReLU(0.1)
-        self.clean = Subset(victim.clean, range(30, 60))
-        self.original = {name: value.clone() for name, value in victim.net.state_dict().items()}
-
-    def callback(self, **options: Any) -> BackdoorUnlearning:
-        method = GradPrune(max_rounds=1, finetune=False)
-        return BackdoorUnlearning(
-            **{"clean_data": self.clean, "trigger": self.victim.trigger, "method": method} | options
-        )
-
-    def model(self, learning_rate: float = 0.0) -> Model:
-        self.victim.net.load_state_dict(self.original)
-        return Model(self.victim.net, learning_rate)
-
-    def trainer(self, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        where = {"accelerator": "cpu", "default_root_dir": self.folder, "max_epochs": 1}
-        return L.Trainer(callbacks=list(callbacks), **quiet | where | settings)
-
-    def loader(self, **options: Any) -> DataLoader[Any]:
-        return DataLoader(Subset(self.victim.clean, range(30)), batch_size=10, **options)
-
-    def files(self) -> list[str]:
-        return sorted(path.name for path in self.folder.rglob("*") if path.is_file())
-
-
-def backdoor_is_gone(model: Model) -> bool:
-    return not model.net[0].weight[3].any() and not model.net[0].bias[3].any()
 
 
 # Ways to end
@@ -96,6 +32,21 @@ class Stops(L.Callback):
         trainer.should_stop = True
 
 
+class Expires(Timer):
+    """What ``max_time`` adds, with a clock that is at the end after the first step."""
+
+    def __init__(self) -> None:
+        super().__init__({"hours": 1})
+        self.elapsed = 0.0
+
+    def on_train_batch_end(self, trainer, *args: Any, **kwargs: Any) -> None:
+        self.elapsed = 3601.0
+        super().on_train_batch_end(trainer, *args, **kwargs)
+
+    def time_elapsed(self, stage=None) -> float:
+        return self.elapsed
+
+
 @pytest.mark.parametrize(
     ("settings", "callbacks", "steps"),
     [
@@ -104,10 +55,30 @@ class Stops(L.Callback):
         ({"max_epochs": 9}, [EarlyStopping("loss", patience=1, check_on_train_epoch_end=True)], 6),
         ({"max_epochs": 9, "min_epochs": 1}, [Stops()], 3),
         ({"overfit_batches": 1}, [], 1),
+        ({"max_epochs": -1}, [Expires()], 1),
+        ({"limit_train_batches": 2}, [], 2),
+        ({"limit_train_batches": 0.5}, [], 1),
+        ({"limit_val_batches": 0}, [], 3),
+        ({"val_check_interval": 2, "limit_val_batches": 1}, [], 3),
+        ({"accumulate_grad_batches": 3}, [], 1),
         ({"barebones": True, "default_root_dir": None, "logger": None}, [], 3),
         ({"precision": "bf16-mixed"}, [], 3),
     ],
-    ids=["max_epochs", "max_steps", "EarlyStopping", "should_stop", "overfit_batches", "barebones", "bf16-mixed"],
+    ids=[
+        "max_epochs",
+        "max_steps",
+        "EarlyStopping",
+        "should_stop",
+        "overfit_batches",
+        "max_time",
+        "limit_train_batches=2",
+        "limit_train_batches=0.5",
+        "limit_val_batches=0",
+        "val_check_interval",
+        "accumulate_grad_batches",
+        "barebones",
+        "bf16-mixed",
+    ],
 )
 def test_runs_however_training_ends(setting, monkeypatch, settings, callbacks, steps):
     monkeypatch.chdir(setting.folder)
@@ -132,7 +103,9 @@ def test_fast_dev_run_writes_nothing(setting, monkeypatch):
     assert not (setting.folder / "out").exists()
 
 
-@pytest.mark.parametrize("settings", [{"max_epochs": 0}, {"limit_train_batches": 0}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"max_epochs": 0}, {"limit_train_batches": 0}, {"max_time": "00:00:00:00"}], ids=str
+)
 def test_warns_if_it_never_ran(setting, settings):
     callback, model = setting.callback(), setting.model()
     with pytest.warns(UserWarning, match=NEVER_RAN):
@@ -184,6 +157,45 @@ def test_training_is_the_same_with_and_without(setting):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+def test_one_trainer_in_two_fits(setting):
+    """The second trains on and repairs what the first has left."""
+    callback, model = setting.callback(), setting.model(0.1)
+    trainer = setting.trainer(callback, enable_checkpointing=False)
+    trainer.fit(model, setting.loader())
+    first = callback.report
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, setting.loader())
+    assert callback.report is not first
+    assert callback.report.status == "not backdoored"
+    assert setting.files() == ["model-unlearned.ckpt", "report-v1.json", "report.json"]
+
+
+def test_resuming_before_the_end(setting):
+    """From a checkpoint in the middle, with weights that were never repaired: they are repaired at the new end."""
+    saver = ModelCheckpoint(setting.folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    with pytest.warns(UserWarning, match="NOT repaired"), pytest.raises(RuntimeError, match="power cut"):
+        setting.trainer(setting.callback(method=Breaks()), saver).fit(setting.model(), setting.loader())
+    callback, model = setting.callback(), setting.model()
+    trainer = setting.trainer(callback, enable_checkpointing=False)
+    trainer.fit(model, setting.loader(), ckpt_path=setting.folder / "step=2.ckpt")
+    assert trainer.global_step == 3
+    assert callback.report.filters["by_layer"] == {"net.0": [3]}
+    assert backdoor_is_gone(model)
+
+
+@pytest.mark.parametrize("loggers", [0, 1, 2])
+def test_loggers(setting, loggers):
+    several = [CSVLogger(setting.folder, name=f"log-{number}") for number in range(loggers)]
+    callback = setting.callback()
+    setting.trainer(callback, logger=several or False, enable_checkpointing=False).fit(
+        setting.model(), setting.loader()
+    )
+    assert callback.report.status == "repaired"
+    for logger in several:
+        assert "unlearn/asr_after" in (Path(logger.log_dir) / "metrics.csv").read_text()
+    assert setting.files() == sorted(["metrics.csv"] * loggers + ["model-unlearned.ckpt", "report.json"])
+
+
 def test_one_callback_in_two_fits(setting):
     callback = setting.callback()
     setting.trainer(callback).fit(setting.model(), setting.loader())
@@ -202,6 +214,11 @@ def test_does_nothing_in_other_loops(setting):
     setting.trainer(callback).test(model, setting.loader(), verbose=False)
     assert callback.report is None
     assert not backdoor_is_gone(model)
+
+
+class Breaks(RepairMethod):
+    def repair(self, task):
+        raise RuntimeError("power cut")
 
 
 # State

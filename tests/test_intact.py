@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -178,3 +180,27 @@ def test_autocast_from_outside_does_not_reach_in(model):
         with intact(model):
             assert model(images).dtype == torch.float32
         assert model(images).dtype == torch.bfloat16
+
+
+def test_a_second_ctrl_c_while_putting_back(monkeypatch):
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    before, copies = copy.deepcopy(net.state_dict()), []
+    copy_ = torch.Tensor.copy_
+
+    def impatient(tensor, *args):
+        copies.append(tensor)
+        if len(copies) == 3:
+            raise KeyboardInterrupt
+        return copy_(tensor, *args)
+
+    def work():
+        with intact(net):
+            for parameter in net.parameters():
+                parameter.data.zero_()
+            monkeypatch.setattr(torch.Tensor, "copy_", impatient)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert len(copies) == 3 + 4
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -138,9 +138,16 @@ class FilterLayer:
         return (values * factors).movedim(0, channels.axis)
 
     @torch.no_grad()
-    def zero(self, channels: Tensor) -> None:
-        """Zero filters with their :attr:`companions` where ``channels``, (channels,) bool, is true."""
-        self.by_filter(self.weight).masked_fill_(self.spread(channels), 0)
+    def zero(self, channels: Tensor, of: Callable[[Tensor], Iterable[Tensor]] = lambda tensor: (tensor,)) -> None:
+        """Zero filters with their :attr:`companions` where ``channels``, (channels,) bool, is true.
+
+        Args:
+            channels: which filters.
+            of: what to zero for each tensor, of its shape: by default itself.
+        """
+        for weight in of(self.weight):
+            self.by_filter(weight).masked_fill_(self.spread(channels), 0)
         for companion in self.companions:
-            values = companion.by_channel()
-            values.masked_fill_(channels.view(-1, *(1,) * (values.ndim - 1)), 0)
+            for tensor in of(companion.tensor):
+                values = companion.by_channel(tensor)
+                values.masked_fill_(channels.view(-1, *(1,) * (values.ndim - 1)), 0)

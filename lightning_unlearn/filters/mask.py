@@ -208,6 +208,17 @@ class FilterMask:
         finally:
             handle.remove()
 
+    def forget(self, optimizer: torch.optim.Optimizer) -> None:
+        """Zero what an optimizer remembers of the pruned filters, such as momenta, by which they would grow back."""
+
+        def memories(tensor: Tensor) -> list[Tensor]:
+            state = optimizer.state.get(tensor, {})
+            return [value for value in state.values() if isinstance(value, Tensor) and value.shape == tensor.shape]
+
+        for name, indices in _by_layer(self.pruned).items():
+            layer = self._by_name[name]
+            layer.zero(_bools(indices, layer.channels, layer.weight.device), memories)
+
     def to_dict(self) -> dict[str, list[int]]:
         """Pruned filters by layer as plain Python, sorted; layers without any are left out."""
         by_layer = _by_layer(self.pruned)

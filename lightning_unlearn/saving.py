@@ -1,0 +1,168 @@
+"""Which weights are repaired, and where the repaired ones go: beside the original, never over it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Literal
+
+from fsspec.core import url_to_fs
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]  # public, but re-exported implicitly
+    rank_zero_info,
+    rank_zero_warn,
+)
+
+from lightning_unlearn.checkpoint import load_checkpoint
+from lightning_unlearn.folder import Folder
+from lightning_unlearn.report import Report
+
+__all__ = [
+    "NO_BEST",
+    "Pointers",
+    "load_original",
+    "original_stem",
+    "output_folder",
+    "refuse_unwritable",
+    "save_checkpoint",
+    "save_report",
+    "warn_of_unrepaired",
+]
+
+NO_BEST = (
+    "source: 'best' needs a ModelCheckpoint that has saved a best model (give it a `monitor`), but there is none; use "
+    "source='last'."
+)
+
+
+def original_stem(trainer: Trainer, source: Literal["last", "best"]) -> str:
+    """How the file that holds the weights to repair is called, without its suffix."""
+    saver = trainer.checkpoint_callback
+    best = getattr(saver, "best_model_path", "")
+    if source == "best":
+        return PurePath(best).stem
+    # With a monitor the best file may be an earlier epoch's, whose name would mislead.
+    latest = getattr(saver, "last_model_path", "") or ("" if getattr(saver, "monitor", None) else best)
+    return PurePath(latest or "model").stem
+
+
+def load_original(trainer: Trainer, module: LightningModule) -> None:
+    """Load the best weights that the Trainer has saved.
+
+    Raises:
+        MisconfigurationException: if it has saved none.
+        ValueError: if they cannot be loaded without running code.
+    """
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if not best:
+        raise MisconfigurationException(NO_BEST)
+    _wait_until_written(trainer)
+    trainer.strategy.barrier()
+    module.load_state_dict(load_checkpoint(best)["state_dict"])
+
+
+def output_folder(trainer: Trainer, output_dir: str | None) -> Folder:
+    """Where files go, the same on all processes: by default where the Trainer keeps its checkpoints."""
+    folder = output_dir or getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+    return Folder(trainer.strategy.broadcast(str(folder)))
+
+
+def refuse_unwritable(trainer: Trainer, folder: Folder) -> None:
+    """Find out before training whether its result can be saved, on the first process for all.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    problem = ""
+    if trainer.is_global_zero:
+        try:
+            folder.refuse_unwritable()
+        except OSError as error:
+            problem = str(error)
+    problem = trainer.strategy.broadcast(problem)
+    if problem:
+        raise OSError(problem)
+
+
+def save_checkpoint(trainer: Trainer, folder: Folder, name: str) -> None:
+    """Write the Trainer's state, whole or not at all; on all processes, since it has a barrier.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    whole = folder.whole(name) if trainer.is_global_zero else nullcontext(folder.path(name))
+    with whole as partial:
+        trainer.save_checkpoint(partial, weights_only=False)
+        _wait_until_written(trainer)
+
+
+def save_report(trainer: Trainer, folder: Folder, report: Report) -> None:
+    """Write ``report.json``, by the first process.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    if trainer.is_global_zero:
+        with folder.whole(folder.free("report.json")) as partial:
+            folder.fs.pipe(partial, report.to_json().encode())
+
+
+@dataclass(frozen=True, eq=False)
+class Pointers:
+    """What a ModelCheckpoint calls its best and its last checkpoint, to be put back.
+
+    Args:
+        saver: the callback.
+        best: its ``best_model_path``.
+        last: its ``last_model_path``.
+    """
+
+    saver: ModelCheckpoint
+    best: str
+    last: str
+
+    @classmethod
+    def to(cls, trainer: Trainer, path: str) -> Pointers | None:
+        """Make ``trainer.test(ckpt_path="best")`` load ``path`` from now on; what it would have loaded, if anything."""
+        saver = trainer.checkpoint_callback
+        if not isinstance(saver, ModelCheckpoint) or not saver.best_model_path:
+            return None
+        before = cls(saver, saver.best_model_path, saver.last_model_path)
+        saver.best_model_path = path
+        saver.last_model_path = saver.last_model_path and path
+        rank_zero_info(f"ModelCheckpoint's best and last model are now {path}; the best was {before.best}.")
+        return before
+
+    def restore(self) -> None:
+        """Put them back: a ModelCheckpoint deletes what it thinks is its own old file."""
+        self.saver.best_model_path, self.saver.last_model_path = self.best, self.last
+
+
+def warn_of_unrepaired(trainer: Trainer, repaired: Collection[str]) -> None:
+    """Warn if the Trainer has loaded another checkpoint than the repaired ones into the model."""
+    loaded = trainer.ckpt_path
+    if loaded and _place(str(loaded)) not in [_place(path) for path in repaired]:
+        rank_zero_warn(
+            f"{loaded} was loaded over the repaired model, and it holds weights from BEFORE the repair. Pass the "
+            f"model itself, or ckpt_path={list(repaired)[-1:] or 'of the repaired file'}, or create "
+            "BackdoorUnlearning(repoint=True), by which ckpt_path='best' finds the repaired file."
+        )
+
+
+def _place(url: str) -> str:
+    place: str = url_to_fs(url)[1]
+    return place
+
+
+def _wait_until_written(trainer: Trainer) -> None:
+    """Let an AsyncCheckpointIO, or one that is wrapped, finish; it starts anew with its next file."""
+    writer: object = trainer.strategy.checkpoint_io
+    while writer is not None:
+        if isinstance(writer, AsyncCheckpointIO):
+            writer.teardown()
+        writer = getattr(writer, "checkpoint_io", None)
