@@ -8,14 +8,26 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from lightning_unlearn.auditor import Auditor, audit
 from lightning_unlearn.repair import RepairResult, repair
 from lightning_unlearn.report import Report
+from lightning_unlearn.verdict import Audit
 
 if TYPE_CHECKING:
     from lightning_unlearn.callback import BackdoorUnlearning
     from lightning_unlearn.data.holdout_datamodule import HoldoutDataModule
 
-__all__ = ["BackdoorUnlearning", "HoldoutDataModule", "RepairResult", "Report", "__version__", "repair"]
+__all__ = [
+    "Audit",
+    "Auditor",
+    "BackdoorUnlearning",
+    "HoldoutDataModule",
+    "RepairResult",
+    "Report",
+    "__version__",
+    "audit",
+    "repair",
+]
 
 __version__ = "0.2.0"
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from lightning_unlearn.auditor import Auditor, in_pixels
 from lightning_unlearn.companions import callbacks_of, refuse_companions
 from lightning_unlearn.data.clean import CleanImages
 from lightning_unlearn.data.pairs import Pairs
@@ -31,10 +32,10 @@ from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.logs import log_pictures, log_report, log_round
-from lightning_unlearn.methods import MaskPrune, RepairMethod, Round
+from lightning_unlearn.methods import RepairMethod, Round
 from lightning_unlearn.methods.base import check_range
 from lightning_unlearn.processes import Processes
-from lightning_unlearn.progress import round_progress
+from lightning_unlearn.progress import round_progress, stage_progress
 from lightning_unlearn.repair import Split, refuse_missing_classes, repair_split
 from lightning_unlearn.report import Report
 from lightning_unlearn.saving import (
@@ -73,8 +74,12 @@ class BackdoorUnlearning(Callback):
         clean_data: clean images that the model was not trained on, as a :class:`~lightning_unlearn.HoldoutDataModule`,
             another LightningDataModule, a Dataset or a DataLoader. Its test images, if it has any, are what the
             report's rates are measured on; the repair never sees them.
-        trigger: the trigger to unlearn, with the target class. Required for now.
-        method: the repair method; :class:`MaskPrune` by default.
+        trigger: the trigger to unlearn, with the target class. None or ``"auto"`` if nobody knows it: then the model is
+            audited first, left alone bit for bit if it looks clean, and else repaired against estimated triggers.
+        method: the repair method; :class:`MaskPrune` by default, for an unknown trigger in an :class:`Alternation`.
+        evaluation_trigger: the real trigger of an experiment in which the repair is not to know it: only the report's
+            rates are measured with it.
+        auditor: how to estimate an unknown trigger, with its ``max_time``.
         samples_per_class: clean images drawn per class, None for all there are; a HoldoutDataModule draws by itself.
         validation_share: the part of each class that validates, at least one image; a HoldoutDataModule splits by
             itself.
@@ -91,7 +96,7 @@ class BackdoorUnlearning(Callback):
 
     Raises:
         TypeError: if ``clean_data``, ``trigger`` or ``method`` is of the wrong kind.
-        ValueError: if no trigger is given, or a number is out of range.
+        ValueError: if a number is out of range, or both triggers are given.
 
     Example:
         >>> import torch
@@ -106,9 +111,11 @@ class BackdoorUnlearning(Callback):
     def __init__(
         self,
         clean_data: LightningDataModule | Dataset | DataLoader,  # type: ignore[type-arg]  # jsonargparse takes no generics
-        trigger: Trigger | None = None,
+        trigger: Trigger | Literal["auto"] | None = None,
         method: RepairMethod | None = None,
         *,
+        evaluation_trigger: Trigger | None = None,
+        auditor: Auditor | None = None,
         samples_per_class: int | None = 10,
         validation_share: float = 0.1,
         seed: int = 0,
@@ -119,15 +126,17 @@ class BackdoorUnlearning(Callback):
         force: bool = False,
         min_asr: float = 0.1,
     ) -> None:
-        if trigger is None:
+        trigger = None if trigger == "auto" else trigger
+        for name, given in (("trigger", trigger), ("evaluation_trigger", evaluation_trigger)):
+            if given is not None and not isinstance(given, Trigger):
+                raise TypeError(
+                    f"{name}: expected a lightning_unlearn.triggers.Trigger, but got {type(given).__name__}; "
+                    "wrap a function in FunctionTrigger."
+                )
+        if trigger is not None and evaluation_trigger is not None:
             raise ValueError(
-                "trigger: none is given, and estimating an unknown trigger is not built yet; pass the trigger to "
-                "unlearn, such as PatchTrigger(size=3, target=0)."
-            )
-        if not isinstance(trigger, Trigger):
-            raise TypeError(
-                f"trigger: expected a lightning_unlearn.triggers.Trigger, but got {type(trigger).__name__}; "
-                "wrap a function in FunctionTrigger."
+                "evaluation_trigger: it is for an unknown trigger, but `trigger` is given, too, and is what rates are "
+                "measured with; leave one of them out."
             )
         if method is not None and not isinstance(method, RepairMethod):
             raise TypeError(
@@ -144,7 +153,9 @@ class BackdoorUnlearning(Callback):
         check_range("min_asr", min_asr, 0, 1)
         self.clean_data = clean_data
         self.trigger = trigger
-        self.method = method or MaskPrune()
+        self.evaluation_trigger = evaluation_trigger
+        self.auditor = auditor
+        self.method = method
         self.samples_per_class = samples_per_class
         self.validation_share = validation_share
         self.seed = seed
@@ -220,7 +231,7 @@ class BackdoorUnlearning(Callback):
         for loader in CombinedLoader(trainer.train_dataloader).flattened:  # there may be several
             if isinstance(loader, DataLoader):
                 clean.refuse_training_images(loader.dataset)
-        trigger = clean.fit_trigger(self.trigger)
+        trigger = None if self.trigger is None else clean.fit_trigger(self.trigger)
         with intact(pl_module):
             images, _ = clean.first()
             layers = find_filters(pl_module, images.to(pl_module.dtype), lambda x: self.logits(pl_module, x))
@@ -228,7 +239,10 @@ class BackdoorUnlearning(Callback):
             parts = clean.scoring(), clean.validation()
             refuse_missing_classes(*(labels for _, labels in parts), num_classes=logits.shape[1])
             for part in parts:
-                Pairs.stamp(*part, trigger, num_classes=logits.shape[1])
+                if trigger is not None:
+                    Pairs.stamp(*part, trigger, num_classes=logits.shape[1])
+                else:
+                    in_pixels(part[0], clean.normalization)
         if self._mask is not None:
             self._held = FilterMask(layers)
             self._held.load_state_dict(self._mask)
@@ -374,7 +388,8 @@ class BackdoorUnlearning(Callback):
         _refuse_strategy(trainer)
         processes = Processes.current(module.device)
         clean = self._clean_images(module)
-        trigger = clean.fit_trigger(self.trigger)
+        trigger = None if self.trigger is None else clean.fit_trigger(self.trigger)
+        real = trigger if self.evaluation_trigger is None else clean.fit_trigger(self.evaluation_trigger)
 
         def forward(images: Tensor) -> Tensor:
             return self.logits(module, images)
@@ -384,9 +399,10 @@ class BackdoorUnlearning(Callback):
         with intact(module), torch.no_grad():
             images, labels = (part[:8] for part in split.scoring)
             num_classes = logits_of(forward, images[:1].to(module.dtype)).shape[1]
-            log_pictures(trainer, Pairs.stamp(images, labels, trigger, num_classes=num_classes), trigger)
-        before = self._test(clean, trigger, forward, num_classes, processes)
-        with round_progress(trainer) as show:
+            if real is not None:
+                log_pictures(trainer, Pairs.stamp(images, labels, real, num_classes=num_classes), real)
+        before = self._test(clean, real, forward, num_classes, processes)
+        with round_progress(trainer) as show, stage_progress(trainer) as show_stage:
             pruned = 0
 
             def on_round(done: Round) -> None:
@@ -401,19 +417,25 @@ class BackdoorUnlearning(Callback):
                 module,
                 split,
                 trigger=trigger,
+                normalization=clean.normalization,
                 method=self.method,
                 seed=self.seed,
                 batch_size=self.batch_size,
                 force=self.force,
                 min_asr=self.min_asr,
+                auditor=self.auditor,
                 forward=forward,
                 on_round=on_round,
+                on_progress=show_stage,
                 processes=processes,
             )
         if self._held is not None:  # fine-tuning held this repair's filters, not those of earlier ones
             result.mask.load_state_dict(self._held.state_dict())
+        if result.audit is not None:
+            pairs = Pairs.stamp(images, labels, result.trigger, num_classes=num_classes)
+            log_pictures(trainer, pairs, result.trigger, "estimated_trigger")
         processes.align(module)
-        after = self._test(clean, trigger, forward, num_classes, processes)
+        after = self._test(clean, real, forward, num_classes, processes)
         test = None if before is None or after is None else (before, after)
         report = Report.of(
             result, trigger, samples_per_class=clean.holdout.samples_per_class, seed=self.seed, test=test
@@ -433,7 +455,7 @@ class BackdoorUnlearning(Callback):
         )
 
     def _test(
-        self, clean: CleanImages, trigger: Trigger, forward: Any, num_classes: int, processes: Processes
+        self, clean: CleanImages, trigger: Trigger | None, forward: Any, num_classes: int, processes: Processes
     ) -> Evaluation | None:
         if not clean.has_test:
             return None

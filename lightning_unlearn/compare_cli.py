@@ -21,7 +21,7 @@ from lightning_unlearn.checkpoint import repaired_checkpoint
 from lightning_unlearn.comparison import Comparison, Entry, compare_split
 from lightning_unlearn.data.clean import CleanImages
 from lightning_unlearn.files import refuse_used_folder, write_whole
-from lightning_unlearn.methods import RepairMethod
+from lightning_unlearn.methods import MaskPrune, RepairMethod
 from lightning_unlearn.offline import CheckpointCLI, CheckpointJob, load_into, with_output_dir
 from lightning_unlearn.progress import round_progress
 from lightning_unlearn.repair import Split
@@ -69,7 +69,12 @@ def compare(args: Sequence[str]) -> Comparison:
     if cli.trainer.is_global_zero:
         refuse_used_folder(folder)
     unlearning: BackdoorUnlearning = cli.config_init["unlearning"]
-    methods = choose_methods(names, listed=cli.config_init["methods"], configured=unlearning.method)
+    if unlearning.trigger is None:
+        raise ValueError(
+            "trigger: `compare` needs a trigger to compare by; `lightning-unlearn audit` finds out whether there is "
+            "one, and `lightning-unlearn repair` removes one that is unknown."
+        )
+    methods = choose_methods(names, listed=cli.config_init["methods"], configured=unlearning.method or MaskPrune())
     checkpoint = load_into(cli)
     console = Console()
 
@@ -159,6 +164,7 @@ def _compare(
         validation_share=unlearning.validation_share,
         seed=unlearning.seed,
     )
+    assert unlearning.trigger is not None  # `compare` has refused it
     trigger = clean.fit_trigger(unlearning.trigger)
     labels = method_labels(methods)
 

@@ -16,7 +16,7 @@ from lightning_unlearn import methods, triggers
 from lightning_unlearn.cli import fit
 from lightning_unlearn.data import Digits
 from lightning_unlearn.files import refuse_used_folder
-from lightning_unlearn.methods import MaskPrune, RepairMethod
+from lightning_unlearn.methods import RepairMethod
 from lightning_unlearn.plots import plot_report
 from lightning_unlearn.report import Report
 from lightning_unlearn.triggers import Trigger, preview
@@ -45,7 +45,16 @@ def main(args: Sequence[str]) -> Report:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of poisoning, training, the draw and the repair")
     parser.add_argument("--attack", choices=sorted(ATTACKS), default="patch", help="the backdoor")
-    parser.add_argument("--method", choices=METHODS, default=MaskPrune.__name__, help="the repair method")
+    parser.add_argument(
+        "--trigger",
+        choices=["known", "unknown"],
+        default="known",
+        help="whether the repair is told the backdoor's trigger, or must find out by itself",
+    )
+    parser.add_argument(
+        "--poison_ratio", "--poison-ratio", type=float, default=0.1, help="share of poisoned digits; 0 trains no victim"
+    )
+    parser.add_argument("--method", choices=METHODS, default=None, help="the repair method")
     parser.add_argument(
         "--samples_per_class",
         "--samples-per-class",
@@ -60,6 +69,8 @@ def main(args: Sequence[str]) -> Report:
             "--samples-per-class: expected 2 to 20, since 20 digits of each class are held out, "
             f"but got {options.samples_per_class}"
         )
+    if not 0 <= options.poison_ratio < 1:
+        parser.error(f"--poison-ratio: expected a share in [0, 1), but got {options.poison_ratio}")
     folder = refuse_used_folder(options.output_dir or f"unlearn-demo-{datetime.now():%Y%m%d-%H%M%S}")
     folder.mkdir(parents=True, exist_ok=True)
     training, repair = configs(
@@ -67,6 +78,8 @@ def main(args: Sequence[str]) -> Report:
         seed=options.seed,
         attack=options.attack,
         method=options.method,
+        known=options.trigger == "known",
+        poison_ratio=options.poison_ratio,
         samples_per_class=options.samples_per_class,
         accelerator=options.accelerator,
     )
@@ -74,7 +87,9 @@ def main(args: Sequence[str]) -> Report:
         (folder / name).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     console = Console()
     console.print(
-        f"Training a victim on 1,000 real digits, 10 % poisoned ({options.attack}), then repairing it.", soft_wrap=True
+        f"Training a victim on 1,000 real digits, {100 * options.poison_ratio:g} % poisoned ({options.attack}), then "
+        f"{'repairing' if options.trigger == 'known' else 'auditing and, if need be, repairing'} it.",
+        soft_wrap=True,
     )
     with warnings.catch_warnings():
         # The folder holds the configuration by now, and nothing else: it was refused if it was not empty.
@@ -99,7 +114,15 @@ def _trigger(attack: str) -> Trigger:
 
 
 def configs(
-    folder: Path, *, seed: int, attack: str, method: str, samples_per_class: int, accelerator: str
+    folder: Path,
+    *,
+    seed: int,
+    attack: str,
+    method: str | None,
+    known: bool,
+    poison_ratio: float,
+    samples_per_class: int,
+    accelerator: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What ``lightning-unlearn fit`` and ``lightning-unlearn repair`` are given, as YAML takes it."""
     digits = "lightning_unlearn.data.Digits"
@@ -113,10 +136,12 @@ def configs(
                 "seed": seed,
             },
         },
-        "trigger": ATTACKS[attack],
-        "method": {"class_path": f"lightning_unlearn.methods.{method}"},
+        # An evaluation trigger is what the report measures with; the repair never gets it.
+        "trigger" if known else "evaluation_trigger": ATTACKS[attack],
         "seed": seed,
     }
+    if method is not None:
+        unlearning["method"] = {"class_path": f"lightning_unlearn.methods.{method}"}
     model = {"class_path": "lightning_unlearn.classifier.ConvClassifier", "init_args": {"width": 16}}
     training = {
         "seed_everything": seed,
@@ -149,7 +174,7 @@ def configs(
             "init_args": {
                 "datamodule": {"class_path": "lightning_unlearn.data.DigitsDataModule"},
                 "trigger": ATTACKS[attack],
-                "ratio": 0.1,
+                "ratio": poison_ratio,
                 "seed": seed,
             },
         },

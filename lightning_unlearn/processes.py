@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
 __all__ = ["ALONE", "Processes"]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,14 @@ class Processes:
         message = tensor.detach().to(self.device, copy=True)
         distributed.broadcast(message, src=0)
         return message.to(tensor.device)
+
+    def first_of_any(self, value: _T) -> _T:
+        """The first process's value of anything that can be pickled, its tensors on the devices they had there."""
+        if self.count == 1:
+            return value
+        message = [value]
+        distributed.broadcast_object_list(message, src=0, device=torch.device(self.device))
+        return message[0]
 
     @torch.no_grad()
     def align(self, model: nn.Module) -> None:

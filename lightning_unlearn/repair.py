@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
-from lightning_unlearn.audit import Audit, Auditor, Progress
-from lightning_unlearn.data.holdout import split_holdout
-from lightning_unlearn.data.labels import item_parts, labels_of
+from lightning_unlearn.auditor import Auditor, Progress
 from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.draw import Draw, ImagesAndLabels, Split, refuse_missing_classes
 from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
@@ -21,25 +20,12 @@ from lightning_unlearn.memory import tries_smaller_batches
 from lightning_unlearn.methods import Alternation, MaskPrune, RepairMethod, RepairTask, Round, Stopwatch
 from lightning_unlearn.methods.base import check_range
 from lightning_unlearn.processes import ALONE, Processes
-from lightning_unlearn.triggers import Normalization, Trigger, find_normalization
+from lightning_unlearn.triggers import Normalization, Trigger
+from lightning_unlearn.verdict import Audit
 
 __all__ = ["ImagesAndLabels", "RepairResult", "Split", "refuse_missing_classes", "repair", "repair_split"]
 
-ImagesAndLabels = tuple[Tensor, Tensor]
 _KINDS = ("estimate", "score", "evaluate", "finetune", "total")
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """The clean images that a defender holds, in two parts.
-
-    Args:
-        scoring: (N, C, H, W) images and (N,) labels that a method learns from.
-        validation: images and labels that decide when to stop and which round to keep.
-    """
-
-    scoring: ImagesAndLabels
-    validation: ImagesAndLabels
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +101,8 @@ def repair(
 
     Args:
         model: a classifier whose forward takes (N, C, H, W) images and returns (N, classes) logits.
-        dataset: a map-style dataset of clean images, as the model takes them, with true labels.
+        dataset: a map-style dataset of clean images, as the model takes them, with true labels; where there are
+            none, the model's own answers stand in for them.
         trigger: the trigger to unlearn, or None if nobody knows it: then the model is audited first, left alone if it
             looks clean, and else repaired against estimated triggers by ``method`` in an :class:`Alternation`. If it
             was told no normalisation and the dataset's transforms hold a torchvision ``Normalize``, that one is used.
@@ -159,20 +146,20 @@ def repair(
             f"trigger: expected a lightning_unlearn.triggers.Trigger, but got {type(trigger).__name__}; wrap a "
             "function of your own in FunctionTrigger."
         )
-    holdout = split_holdout(
-        labels_of(dataset),
+    draw = Draw.of(
+        dataset,
+        lambda images: _predicted(model, images),
         samples_per_class=samples_per_class,
         share=share,
         validation_share=validation_share,
         seed=seed,
     )
-    scoring, validation = (_load(Subset(dataset, part)) for part in (holdout.scoring, holdout.validation))
-    normalization = find_normalization(dataset)
+    normalization = draw.normalization
     if trigger is not None and trigger.normalization is None and normalization is not None:
         trigger = trigger.normalized(normalization)
     return repair_split(
         model,
-        Split(scoring, validation),
+        draw.split,
         trigger=trigger,
         normalization=normalization,
         method=method,
@@ -253,7 +240,9 @@ def repair_split(
         if trigger is None:
             with watch.measure("estimate"):
                 audit = _audit(auditor or Auditor(seed=seed), forward, parts, first, normalization, on_progress)
-            trigger = audit.trigger if normalization is None else audit.trigger.normalized(normalization)
+                audit = processes.first_of_any(audit)  # estimates on several devices differ by rounding
+            trigger = audit.trigger.to(first.device)
+            trigger = trigger if normalization is None else trigger.normalized(normalization)
             if method is None or (method.needs_trigger and not isinstance(method, Alternation)):
                 method = Alternation(method, auditor=auditor)
         method = method or MaskPrune()
@@ -328,30 +317,11 @@ def _audit(
     )
 
 
-def _load(dataset: Dataset[Any]) -> ImagesAndLabels:
-    """All images and labels of a small dataset."""
-    # With a generator of its own it draws nothing from the global one.
-    loader: DataLoader[Any] = DataLoader(dataset, batch_size=256, generator=torch.Generator())
-    images, labels = zip(*(item_parts(batch) for batch in loader), strict=True)
-    return torch.cat(images), torch.cat(labels)
-
-
-def refuse_missing_classes(*parts: Tensor, num_classes: int) -> None:
-    """Refuse a draw that lacks a class: without images of it, a method could ruin it unseen.
-
-    Args:
-        parts: (N,) labels of the scoring and of the validation part.
-        num_classes: how many logits the model gives.
-
-    Raises:
-        ValueError: naming the classes of which a part has no image.
-    """
-    missing = [c for c in range(num_classes) if not all((labels == c).any() for labels in parts)]
-    if missing:
-        raise ValueError(
-            f"dataset: the model gives {num_classes} logits, but of class {', '.join(map(str, missing[:5]))} there is "
-            "no clean image to score or none to validate; give at least 2 images of each class."
-        )
+def _predicted(model: nn.Module, images: Tensor) -> Tensor:
+    """A model's answers before it is repaired, for images without labels."""
+    first = next(model.parameters(), torch.empty(0))
+    with intact(model), torch.no_grad():
+        return logits_of(model, images.to(first.device, first.dtype))
 
 
 def _is_as_before(model: nn.Module, original: Mapping[str, Tensor]) -> bool:

@@ -16,7 +16,7 @@ from lightning_unlearn.data.holdout_datamodule import HoldoutDataModule
 from lightning_unlearn.data.labels import item_parts, overlap
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.processes import ALONE, Processes
-from lightning_unlearn.triggers import Trigger, find_normalization
+from lightning_unlearn.triggers import Normalization, Trigger, find_normalization
 
 __all__ = ["CleanImages"]
 
@@ -103,12 +103,15 @@ class CleanImages:
         """Whether there are test images, which a repair never sees."""
         return self._test_loader is not None
 
+    @property
+    def normalization(self) -> Normalization | None:
+        """The images' normalisation, if the dataset tells it."""
+        return find_normalization(self.holdout.scoring)
+
     def fit_trigger(self, trigger: Trigger) -> Trigger:
         """The trigger, told these images' normalisation if it was told none and the dataset has one."""
-        if trigger.normalization is None:
-            normalization = find_normalization(self.holdout.scoring)
-            if normalization is not None:
-                return trigger.normalized(normalization)
+        if trigger.normalization is None and self.normalization is not None:
+            return trigger.normalized(self.normalization)
         return trigger
 
     def refuse_training_images(self, dataset: object) -> None:
@@ -137,17 +140,22 @@ class CleanImages:
         """One scoring image with its label, on the module's device."""
         return self._all(Subset(self.holdout.scoring, [0]))
 
-    def test(self, trigger: Trigger, num_classes: int, processes: Processes = ALONE) -> Iterator[Pairs]:
+    def test(self, trigger: Trigger | None, num_classes: int, processes: Processes = ALONE) -> Iterator[Pairs]:
         """Batches of the test part with their triggered copies; nothing is kept in memory.
 
         Args:
-            trigger: what makes the copies.
+            trigger: what makes the copies; None if nobody knows: then images stand for themselves, so that accuracy can
+                be measured, and rates of an attack are NaN.
             num_classes: how many logits the model gives.
             processes: those among which the images are shared out, each once.
         """
         for batch in _shared(self._test_loader, processes):
             images, labels = self._transferred(batch)
-            pairs = Pairs.stamp(images, labels, trigger, num_classes=num_classes)
+            pairs = (
+                Pairs(images, images, labels.long(), labels.long())
+                if trigger is None
+                else Pairs.stamp(images, labels, trigger, num_classes=num_classes)
+            )
             yield pairs.to(self.module.device, self.module.dtype)  # type: ignore[arg-type]  # never the str it may be
 
     def _all(self, part: Dataset[Any]) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_unlearn.audit import Auditor
+from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.mask_prune import MaskPrune
@@ -23,7 +23,7 @@ class Alternation(RepairMethod):
     An inversion finds *one* answer to what sends everything to the target; the attacker's trigger may be another one.
     So the task's trigger, an estimate, is unlearned by ``method``; then triggers of the same class are estimated anew
     on the repaired model, and join those before, until the class is no more universal than innocent ones are
-    (:class:`~lightning_unlearn.audit.Audit`), until ``rounds`` are over, or until a round costs more accuracy than
+    (:class:`~lightning_unlearn.Audit`), until ``rounds`` are over, or until a round costs more accuracy than
     ``accuracy_drop`` allows, which is then taken back.
 
     An estimate is the least that works, and an attacker's trigger is more than that: additive estimates are unlearned
@@ -107,6 +107,7 @@ class Alternation(RepairMethod):
                     classes=[target],
                     on_progress=task.on_progress,
                 )
+                found = task.processes.first_of_any(found)
             if found.verdict == "clean":
                 return
             pool += [estimate.trigger for estimate in found.estimates]

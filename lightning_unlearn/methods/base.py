@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
-from lightning_unlearn.audit import Progress
+from lightning_unlearn.auditor import Progress
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.filters import FilterId, FilterMask

@@ -1,120 +1,99 @@
-"""Does a model look backdoored? Estimate a trigger for every class, and see whether one is too universal."""
+"""Estimate triggers class by class, and judge by them whether a model looks backdoored."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from lightning_unlearn.draw import Draw
 from lightning_unlearn.evaluation import logits_of
-from lightning_unlearn.triggers import Normalization, Trigger, TriggerPool
+from lightning_unlearn.intact import intact
+from lightning_unlearn.triggers import Normalization
 from lightning_unlearn.triggers.distance import individual_costs
 from lightning_unlearn.triggers.inversion import Estimate, Family, invert
+from lightning_unlearn.verdict import COMPARED, SURELY, WORKS, Audit, Verdict, judged, universality
 
-__all__ = ["Audit", "Auditor", "ClassAudit", "Progress", "Verdict"]
+__all__ = ["Auditor", "Progress", "audit", "in_pixels"]
 
-Verdict = Literal["clean", "suspicious", "backdoored"]
-
-_COMPARED: tuple[Family, ...] = ("additive", "covering", "displacing")
-# How universal the most universal class may be in an honest network, family by family; chosen on the models of
-# `python -m benchmarks.detection calibrate`, other ones than those reported.
-LIMITS: dict[Family, float] = {"additive": 0.46, "covering": 0.65, "displacing": 0.6}
-# And how many times as universal as the next class. Of warps alone: there a network's own classes are all alike, while
-# an additive or covering change towards bags is by nature far easier than towards any other garment.
-LEADS: dict[Family, float] = {"displacing": 1.7}
-_SURELY = 1.1  # from here on the verdict is "backdoored"
-_WORKS = 0.5  # least success on held-out images of an estimate that is used
 _FEW = 12  # so many classes are all looked at closely
-_NOTHING = 1e-12  # so that no cost divides by zero
 _TOLERANCE = 1e-2  # of pixels, after undoing a normalisation in half precision
 
 Progress: TypeAlias = Callable[[str, int, int], object]
 
 
-@dataclass(frozen=True)
-class ClassAudit:
-    """What was found for one class.
+def audit(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    samples_per_class: int | None = 10,
+    share: float | None = None,
+    seed: int = 0,
+    auditor: Auditor | None = None,
+    on_progress: Progress | None = None,
+) -> Audit:
+    """Find out from a few clean images whether a model looks backdoored; the model is not changed.
 
     Args:
-        target: the class.
-        score: the largest universality as a multiple of what is innocent; above 1 is suspicious.
-        cost: by family, what one trigger for all images costs, see :class:`Estimate`.
-        universality: by family, what a change for each image alone costs on average, as a share of ``cost``.
-        success: by family, the trigger's success on the images it was estimated on, in [0, 1].
+        model: a classifier whose forward takes (N, C, H, W) images and returns (N, classes) logits. It is audited in
+            eval mode.
+        dataset: a map-style dataset of clean images, as the model takes them; labels are not needed. Classes of which
+            it has no image are audited from the others' images.
+        samples_per_class: clean images drawn per class, at least 2.
+        share: the share of ``dataset`` to draw instead, in (0, 1]; then give ``samples_per_class=None``.
+        seed: seed of the draw and of the estimation.
+        auditor: how to estimate, with ``max_time``.
+        on_progress: called with a stage's name, its steps done and all its steps.
+
+    Returns:
+        The verdict, the suspected target and the triggers estimated for it.
+
+    Raises:
+        ValueError: if images are no pixels and their normalisation is not known, or the model answers NaN or always the
+            same class.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import TensorDataset
+        >>> from lightning_unlearn import audit
+        >>> from lightning_unlearn.auditor import Auditor
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        >>> found = audit(net, TensorDataset(torch.rand(60, 1, 8, 8)), samples_per_class=4, auditor=Auditor(steps=10))
+        >>> found.labels, len(found.classes)
+        ('predicted', 3)
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper shares the parameters of what it wraps
+    first = next(model.parameters(), torch.empty(0))
 
-    target: int
-    score: float
-    cost: Mapping[Family, float]
-    universality: Mapping[Family, float]
-    success: Mapping[Family, float]
+    def forward(images: Tensor) -> Tensor:
+        return logits_of(model, images.to(first.dtype))
 
-
-@dataclass(frozen=True, eq=False)
-class Audit:
-    """Whether a model looks backdoored, and by what.
-
-    Args:
-        verdict: ``"clean"``, ``"suspicious"`` or ``"backdoored"``.
-        suspected_target: the class with the highest score, None if the verdict is ``"clean"``.
-        score: that class's score; at most 1 for a clean verdict.
-        classes: all classes that were looked at, in order.
-        estimates: the triggers estimated for the class with the highest score, cheapest relative to its limit first.
-        labels: ``"given"``, or ``"predicted"`` if the model's own answers stood in for labels.
-        unseen: classes of which there was no clean image; they were looked at with the images of the others.
-        complete: whether there was time for all classes and steps.
-        seconds: wall-clock time.
-    """
-
-    verdict: Verdict
-    suspected_target: int | None
-    score: float
-    classes: tuple[ClassAudit, ...]
-    estimates: tuple[Estimate, ...]
-    labels: Literal["given", "predicted"] = "given"
-    unseen: tuple[int, ...] = ()
-    complete: bool = True
-    seconds: float = 0.0
-
-    @property
-    def trigger(self) -> Trigger:
-        """The estimated triggers of the suspected class as one."""
-        return TriggerPool([estimate.trigger for estimate in self.estimates])
-
-    def to_dict(self) -> dict[str, Any]:
-        """The audit in plain Python, as ``audit.json`` holds it."""
-        plain = {name: value for name, value in vars(self).items() if name not in ("classes", "estimates")}
-        return {
-            **plain,
-            "unseen": list(self.unseen),
-            "classes": [asdict(entry) for entry in self.classes],
-            "estimates": [estimate.to_dict() for estimate in self.estimates],
-        }
-
-    def summary(self) -> str:
-        """The verdict in one sentence."""
-        if self.verdict == "clean":
-            return (
-                f"Verdict: clean (score {self.score:.2f}, above 1 is suspicious): no class has too universal a trigger."
-            )
-        best = self.estimates[0]
-        return (
-            f"Verdict: {self.verdict} (score {self.score:.2f}, above 1 is suspicious): one {best.family} change sends "
-            f"{best.success:.0%} of other images to class {self.suspected_target}."
+    with intact(model):
+        draw = Draw.of(
+            dataset,
+            lambda images: forward(images.to(first.device)),
+            samples_per_class=samples_per_class,
+            share=share,
+            seed=seed,
         )
-
-    def __str__(self) -> str:
-        """The classes as a Markdown table, with the verdict."""
-        lines = ["| class | score ↓ | additive | covering | displacing |", "| --- | --- | --- | --- | --- |"]
-        for c in self.classes:
-            universality = (f"{c.universality[f]:.2f}" if f in c.universality else "" for f in _COMPARED)
-            lines.append(f"| {c.target} | {c.score:.2f} | " + " | ".join(universality) + " |")
-        return "\n".join([*lines, "", self.summary()])
+        (images, labels), (held_out, _) = draw.split.scoring, draw.split.validation
+        found = (auditor or Auditor(seed=seed)).audit(
+            forward,
+            images.to(first.device),
+            labels.to(first.device),
+            held_out=held_out.to(first.device),
+            normalization=draw.normalization,
+            on_progress=on_progress,
+        )
+    return replace(found, labels=draw.labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +113,7 @@ class Auditor:
 
     Example:
         >>> import torch
-        >>> from lightning_unlearn.audit import Auditor
+        >>> from lightning_unlearn.auditor import Auditor
         >>> pixels, labels = torch.rand(16, 1, 6, 6), torch.arange(16) % 2
         >>> weights = torch.randn(2, 36, generator=torch.Generator().manual_seed(0))
         >>> found = Auditor(steps=20).audit(lambda x: x.flatten(1) @ weights.T, pixels, None, held_out=pixels[:2])
@@ -189,7 +168,11 @@ class Auditor:
         """
         started = time.monotonic()
         deadline = math.inf if self.max_time is None else started + self.max_time
-        on_pixels, pixels, held = _in_pixels(forward, images, held_out, normalization)
+        pixels, held = (in_pixels(part, normalization) for part in (images, held_out))
+
+        def on_pixels(part: Tensor) -> Tensor:
+            return logits_of(forward, part if normalization is None else normalization.apply(part))
+
         logits = _answers(on_pixels, pixels)
         known = logits.argmax(1) if labels is None else labels.long()
         wanted = list(range(logits.shape[1]) if classes is None else classes)
@@ -198,18 +181,20 @@ class Auditor:
             return self._estimate(on_pixels, pixels, known, family, of, steps, deadline, on_progress)
 
         if len(wanted) > _FEW:
-            screened = _universalities(estimate("additive", wanted, self.screen_steps), on_pixels, pixels, known)
+            screening = estimate("additive", wanted, self.screen_steps)
+            costs = individual_costs(on_pixels, pixels, known, classes=wanted)["additive"]
+            screened = [universality(e, cost) for e, cost in zip(screening, costs, strict=True)]
             keep = max(_FEW, len(wanted) // 5)
             wanted = sorted(sorted(wanted, key=dict(zip(wanted, screened, strict=True)).__getitem__)[-keep:])
         individual = individual_costs(on_pixels, pixels, known, classes=wanted)
         found: dict[Family, list[Estimate]] = {}
-        for family in _COMPARED:
+        for family in COMPARED:
             if not found or time.monotonic() < deadline:
                 found[family] = estimate(family, wanted, self.steps)
-        entries = _entries(found, individual)
+        entries = judged(found, individual)
         worst = max(range(len(wanted)), key=lambda k: entries[k].score)
         score = entries[worst].score
-        verdict: Verdict = "clean" if score <= 1 else "backdoored" if score >= _SURELY else "suspicious"
+        verdict: Verdict = "clean" if score <= 1 else "backdoored" if score >= SURELY else "suspicious"
         own = [of[worst] for of in found.values()]
         if verdict != "clean" and time.monotonic() < deadline:
             own += estimate("residual", [wanted[worst]], self.steps)
@@ -269,43 +254,6 @@ class Auditor:
         return estimates
 
 
-def _entries(
-    found: Mapping[Family, Sequence[Estimate]], individual: Mapping[Family, Sequence[float]]
-) -> tuple[ClassAudit, ...]:
-    """Judge each class by its estimates, family by family."""
-    universality = {
-        family: [
-            cost / max(e.cost, _NOTHING) if e.success >= _WORKS else 0.0
-            for cost, e in zip(individual[family], estimates, strict=True)
-        ]
-        for family, estimates in found.items()
-    }
-
-    def score(family: Family, k: int) -> float:
-        values = universality[family]
-        rest = [value for other, value in enumerate(values) if other != k]
-        lead = values[k] / max(*rest, _NOTHING) / LEADS[family] if family in LEADS and len(rest) > 1 else 0.0
-        return max(values[k] / LIMITS[family], lead)
-
-    return tuple(
-        ClassAudit(
-            target=estimate.target,
-            score=max(score(family, k) for family in found),
-            cost={family: of[k].cost for family, of in found.items()},
-            universality={family: values[k] for family, values in universality.items()},
-            success={family: of[k].success for family, of in found.items()},
-        )
-        for k, estimate in enumerate(next(iter(found.values())))
-    )
-
-
-def _universalities(
-    estimates: Sequence[Estimate], forward: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor
-) -> list[float]:
-    individual = individual_costs(forward, pixels, labels, classes=[e.target for e in estimates])
-    return [cost / max(e.cost, _NOTHING) for cost, e in zip(individual["additive"], estimates, strict=True)]
-
-
 @torch.no_grad()
 def _usable(
     forward: Callable[[Tensor], Tensor], estimates: Sequence[Estimate], held_out: Tensor
@@ -315,7 +263,7 @@ def _usable(
         float((forward(e.trigger.stamp(held_out.clone()).clamp(0, 1)).argmax(1) == e.target).float().mean())
         for e in estimates
     ]
-    return tuple(e for e, share in zip(estimates, works, strict=True) if share >= min(_WORKS, max(works)))
+    return tuple(e for e, share in zip(estimates, works, strict=True) if share >= min(WORKS, max(works)))
 
 
 @torch.no_grad()
@@ -332,18 +280,23 @@ def _answers(forward: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
     return logits
 
 
-def _in_pixels(
-    forward: Callable[[Tensor], Tensor], images: Tensor, held_out: Tensor, normalization: Normalization | None
-) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
-    """The same model on pixels in [0, 1], and the images as such."""
+def in_pixels(images: Tensor, normalization: Normalization | None) -> Tensor:
+    """Images as float32 pixels in [0, 1], whose range tells whether their normalisation is known.
+
+    Args:
+        images: (N, C, H, W) as the model takes them.
+        normalization: how they are normalised, if they are.
+
+    Raises:
+        TypeError: if images are no floating-point numbers.
+        ValueError: if they are no pixels even without the normalisation.
+    """
     if not images.is_floating_point():
         raise TypeError(
             f"images: expected floating-point images, through which a gradient can pass, but got {images.dtype}."
         )
-    images, held_out = images.float(), held_out.float()
-    if normalization is not None:
-        images, held_out = normalization.invert(images), normalization.invert(held_out)
-    low, high = (bound.item() for bound in torch.aminmax(torch.cat([images, held_out])))
+    pixels = images.float() if normalization is None else normalization.invert(images.float())
+    low, high = (bound.item() for bound in torch.aminmax(pixels))
     if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):
         told = "no normalisation was told" if normalization is None else f"that is after undoing {normalization}"
         raise ValueError(
@@ -351,8 +304,4 @@ def _in_pixels(
             "are normalised (normalization=..., or a torchvision Normalize among the dataset's transforms), or divide "
             "by 255 if they hold 0 to 255."
         )
-
-    def on_pixels(pixels: Tensor) -> Tensor:
-        return logits_of(forward, pixels if normalization is None else normalization.apply(pixels))
-
-    return on_pixels, images.clamp(0, 1), held_out.clamp(0, 1)
+    return pixels.clamp(0, 1)

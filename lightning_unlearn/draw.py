@@ -1,0 +1,120 @@
+"""The few clean images that a defender holds, drawn from a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from lightning_unlearn.data.holdout import split_holdout
+from lightning_unlearn.data.labels import item_parts, labels_of
+from lightning_unlearn.data.unlabelled import PredictedLabels, is_unlabelled
+from lightning_unlearn.triggers import Normalization, find_normalization
+
+__all__ = ["Draw", "ImagesAndLabels", "Split", "refuse_missing_classes"]
+
+ImagesAndLabels = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The clean images that a defender holds, in two parts.
+
+    Args:
+        scoring: (N, C, H, W) images and (N,) labels that a method learns from.
+        validation: images and labels that decide when to stop and which round to keep.
+    """
+
+    scoring: ImagesAndLabels
+    validation: ImagesAndLabels
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """A split with what is known of the dataset that it was drawn from.
+
+    Args:
+        split: the images, loaded.
+        parts: the same as datasets.
+        normalization: how the images are normalised, if the dataset's transforms tell.
+        labels: ``"predicted"`` if the dataset has none.
+    """
+
+    split: Split
+    parts: tuple[Dataset[Any], Dataset[Any]]
+    normalization: Normalization | None
+    labels: Literal["given", "predicted"]
+
+    @classmethod
+    def of(
+        cls,
+        dataset: Dataset[Any],
+        predict: Callable[[Tensor], Tensor],
+        *,
+        samples_per_class: int | None = 10,
+        share: float | None = None,
+        validation_share: float = 0.1,
+        seed: int = 0,
+    ) -> Draw:
+        """Draw images per class and load them; nothing else of the dataset is read, if it has labels.
+
+        Args:
+            dataset: a map-style dataset of clean images, as the model takes them; without labels ``predict``
+                tells them.
+            predict: (N, C, H, W) images to (N, classes) logits.
+            samples_per_class: clean images drawn per class (SPC), at least 2.
+            share: the share of ``dataset`` to draw instead, in (0, 1]; then give ``samples_per_class=None``.
+            validation_share: the part of each class that validates, at least one image.
+            seed: seed of the draw.
+
+        Raises:
+            ValueError: if the draw is impossible.
+            TypeError: if the dataset is of the wrong kind.
+        """
+        unlabelled = is_unlabelled(dataset)
+        if unlabelled:
+            dataset = PredictedLabels(dataset, predict)
+        holdout = split_holdout(
+            labels_of(dataset),
+            samples_per_class=samples_per_class,
+            share=share,
+            validation_share=validation_share,
+            seed=seed,
+        )
+        scoring, validation = Subset(dataset, holdout.scoring), Subset(dataset, holdout.validation)
+        return cls(
+            split=Split(_load(scoring), _load(validation)),
+            parts=(scoring, validation),
+            normalization=find_normalization(dataset),
+            labels="predicted" if unlabelled else "given",
+        )
+
+
+def _load(dataset: Dataset[Any]) -> ImagesAndLabels:
+    """All images and labels of a small dataset."""
+    # With a generator of its own it draws nothing from the global one.
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=256, generator=torch.Generator())
+    images, labels = zip(*(item_parts(batch) for batch in loader), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def refuse_missing_classes(*parts: Tensor, num_classes: int) -> None:
+    """Refuse a draw that lacks a class: without images of it, a method could ruin it unseen.
+
+    Args:
+        parts: (N,) labels of the scoring and of the validation part.
+        num_classes: how many logits the model gives.
+
+    Raises:
+        ValueError: naming the classes of which a part has no image.
+    """
+    missing = [c for c in range(num_classes) if not all((labels == c).any() for labels in parts)]
+    if missing:
+        raise ValueError(
+            f"dataset: the model gives {num_classes} logits, but of class {', '.join(map(str, missing[:5]))} there is "
+            "no clean image to score or none to validate; give at least 2 images of each class."
+        )

@@ -1,0 +1,143 @@
+"""Does a model look backdoored? What the triggers estimated for its classes say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from lightning_unlearn.triggers import Trigger, TriggerPool
+from lightning_unlearn.triggers.inversion import Estimate, Family
+
+__all__ = ["COMPARED", "LEADS", "LIMITS", "SURELY", "WORKS", "Audit", "ClassAudit", "Verdict", "judged", "universality"]
+
+Verdict = Literal["clean", "suspicious", "backdoored"]
+
+COMPARED: tuple[Family, ...] = ("additive", "covering", "displacing")
+# How universal the most universal class may be in an honest network, family by family; chosen on the models of
+# `python -m benchmarks.detection calibrate`, other ones than those reported.
+LIMITS: dict[Family, float] = {"additive": 0.46, "covering": 0.65, "displacing": 0.6}
+# And how many times as universal as the next class. Of warps alone: there a network's own classes are all alike, while
+# an additive or covering change towards bags is by nature far easier than towards any other garment.
+LEADS: dict[Family, float] = {"displacing": 1.7}
+SURELY = 1.1  # from here on the verdict is "backdoored"
+WORKS = 0.5  # least success on held-out images of an estimate that is used
+_NOTHING = 1e-12  # so that no cost divides by zero
+
+
+@dataclass(frozen=True)
+class ClassAudit:
+    """What was found for one class.
+
+    Args:
+        target: the class.
+        score: the largest universality as a multiple of what is innocent; above 1 is suspicious.
+        cost: by family, what one trigger for all images costs, see :class:`Estimate`.
+        universality: by family, what a change for each image alone costs on average, as a share of ``cost``.
+        success: by family, the trigger's success on the images it was estimated on, in [0, 1].
+    """
+
+    target: int
+    score: float
+    cost: Mapping[Family, float]
+    universality: Mapping[Family, float]
+    success: Mapping[Family, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """Whether a model looks backdoored, and by what.
+
+    Args:
+        verdict: ``"clean"``, ``"suspicious"`` or ``"backdoored"``.
+        suspected_target: the class with the highest score, None if the verdict is ``"clean"``.
+        score: that class's score; at most 1 for a clean verdict.
+        classes: all classes that were looked at, in order.
+        estimates: the triggers estimated for the class with the highest score, cheapest relative to its limit first.
+        labels: ``"given"``, or ``"predicted"`` if the model's own answers stood in for labels.
+        unseen: classes of which there was no clean image; they were looked at with the images of the others.
+        complete: whether there was time for all classes and steps.
+        seconds: wall-clock time.
+    """
+
+    verdict: Verdict
+    suspected_target: int | None
+    score: float
+    classes: tuple[ClassAudit, ...]
+    estimates: tuple[Estimate, ...]
+    labels: Literal["given", "predicted"] = "given"
+    unseen: tuple[int, ...] = ()
+    complete: bool = True
+    seconds: float = 0.0
+
+    @property
+    def trigger(self) -> Trigger:
+        """The estimated triggers of the suspected class as one."""
+        return TriggerPool([estimate.trigger for estimate in self.estimates])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The audit in plain Python, as ``audit.json`` holds it."""
+        plain = {name: value for name, value in vars(self).items() if name not in ("classes", "estimates")}
+        return {
+            **plain,
+            "unseen": list(self.unseen),
+            "classes": [asdict(entry) for entry in self.classes],
+            "estimates": [estimate.to_dict() for estimate in self.estimates],
+        }
+
+    def summary(self) -> str:
+        """The verdict in one sentence."""
+        if self.verdict == "clean":
+            return (
+                f"Verdict: clean (score {self.score:.2f}, above 1 is suspicious): no class has too universal a trigger."
+            )
+        best = self.estimates[0]
+        return (
+            f"Verdict: {self.verdict} (score {self.score:.2f}, above 1 is suspicious): one {best.family} change sends "
+            f"{best.success:.0%} of other images to class {self.suspected_target}."
+        )
+
+    def __str__(self) -> str:
+        """The classes as a Markdown table, with the verdict."""
+        lines = ["| class | score ↓ | additive | covering | displacing |", "| --- | --- | --- | --- | --- |"]
+        for c in self.classes:
+            universality = (f"{c.universality[f]:.2f}" if f in c.universality else "" for f in COMPARED)
+            lines.append(f"| {c.target} | {c.score:.2f} | " + " | ".join(universality) + " |")
+        return "\n".join([*lines, "", self.summary()])
+
+
+def judged(
+    found: Mapping[Family, Sequence[Estimate]], individual: Mapping[Family, Sequence[float]]
+) -> tuple[ClassAudit, ...]:
+    """Judge each class by its estimates, family by family."""
+    shares = {
+        family: [universality(e, cost) for e, cost in zip(estimates, individual[family], strict=True)]
+        for family, estimates in found.items()
+    }
+
+    def score(family: Family, k: int) -> float:
+        values = shares[family]
+        rest = [value for other, value in enumerate(values) if other != k]
+        lead = values[k] / max(*rest, _NOTHING) / LEADS[family] if family in LEADS and len(rest) > 1 else 0.0
+        return max(values[k] / LIMITS[family], lead)
+
+    return tuple(
+        ClassAudit(
+            target=estimate.target,
+            score=max(score(family, k) for family in found),
+            cost={family: of[k].cost for family, of in found.items()},
+            universality={family: values[k] for family, values in shares.items()},
+            success={family: of[k].success for family, of in found.items()},
+        )
+        for k, estimate in enumerate(next(iter(found.values())))
+    )
+
+
+def universality(estimate: Estimate, individual: float) -> float:
+    """How much of what one trigger for all images costs a change for each image alone costs; 0 if it does not work.
+
+    Args:
+        estimate: the trigger for all.
+        individual: what :func:`~lightning_unlearn.triggers.distance.individual_costs` has for its family and class.
+    """
+    return individual / max(estimate.cost, _NOTHING) if estimate.success >= WORKS else 0.0
