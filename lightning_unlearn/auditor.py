@@ -204,6 +204,7 @@ class Auditor:
             score=score,
             classes=entries,
             estimates=_usable(on_pixels, own, held),
+            num_classes=logits.shape[1],
             labels="predicted" if labels is None else "given",
             unseen=tuple(c for c in range(logits.shape[1]) if not (known == c).any()),
             complete=time.monotonic() <= deadline,

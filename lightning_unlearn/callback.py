@@ -50,6 +50,7 @@ from lightning_unlearn.saving import (
     warn_of_unrepaired,
 )
 from lightning_unlearn.triggers import Trigger
+from lightning_unlearn.verdict import Audit
 
 __all__ = ["BackdoorUnlearning"]
 
@@ -227,7 +228,7 @@ class BackdoorUnlearning(Callback):
         """Tries the model on one image and the trigger on all, and after resuming takes up the mask again."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the Trainer's initialisation
             refuse_unwritable(trainer, output_folder(trainer, self.output_dir))
-        clean = self._clean_images(pl_module)
+        clean = self.clean_images(pl_module)
         for loader in CombinedLoader(trainer.train_dataloader).flattened:  # there may be several
             if isinstance(loader, DataLoader):
                 clean.refuse_training_images(loader.dataset)
@@ -387,7 +388,7 @@ class BackdoorUnlearning(Callback):
         """
         _refuse_strategy(trainer)
         processes = Processes.current(module.device)
-        clean = self._clean_images(module)
+        clean = self.clean_images(module)
         trigger = None if self.trigger is None else clean.fit_trigger(self.trigger)
         real = trigger if self.evaluation_trigger is None else clean.fit_trigger(self.evaluation_trigger)
 
@@ -445,7 +446,35 @@ class BackdoorUnlearning(Callback):
         self._mask, self._held = result.mask.state_dict(), result.mask
         return report
 
-    def _clean_images(self, module: LightningModule) -> CleanImages:
+    def audit(self, trainer: Trainer, module: LightningModule) -> Audit:
+        """Find out whether a module looks backdoored; it is left as it is, and a trigger given is not looked at.
+
+        Args:
+            trainer: a Trainer within one of its loops, whose loggers and progress bar are used.
+            module: the module to audit.
+
+        Raises:
+            ValueError: as :func:`~lightning_unlearn.audit` does.
+        """
+        clean = self.clean_images(module)
+        (images, labels), (held_out, _) = clean.scoring(), clean.validation()
+        with intact(module), stage_progress(trainer) as show:
+            found = (self.auditor or Auditor(seed=self.seed)).audit(
+                lambda x: self.logits(module, x.to(module.dtype)),
+                images,
+                labels,
+                held_out=held_out,
+                normalization=clean.normalization,
+                on_progress=show,
+            )
+        found = trainer.strategy.broadcast(found)
+        trigger = found.trigger if clean.normalization is None else found.trigger.normalized(clean.normalization)
+        pairs = Pairs.stamp(images[:8], labels[:8], trigger.to(images.device), num_classes=found.num_classes)
+        log_pictures(trainer, pairs, trigger, "estimated_trigger")
+        return found
+
+    def clean_images(self, module: LightningModule) -> CleanImages:
+        """The clean images that are drawn for a module."""
         return CleanImages(
             self.clean_data,
             module,

@@ -1,4 +1,4 @@
-"""The command line: ``lightning-unlearn compare``, ``demo``, ``fit`` and ``repair``."""
+"""The command line: ``lightning-unlearn audit``, ``compare``, ``demo``, ``fit`` and ``repair``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lightning_unlearn.comparison_report import Comparison
 from lightning_unlearn.folder import Folder
 from lightning_unlearn.offline import CheckpointCLI, CheckpointJob, from_python, load_into, with_output_dir
 from lightning_unlearn.report import Report
+from lightning_unlearn.verdict import Audit
 
 __all__ = ["main"]
 
@@ -30,14 +31,14 @@ class _FitCLI(LightningCLI):
         return {"fit": LightningCLI.subcommands()["fit"]}
 
 
-def main(args: Sequence[str] | None = None) -> Report | Comparison | None:
+def main(args: Sequence[str] | None = None) -> Audit | Report | Comparison | None:
     """Run a command.
 
     Args:
         args: words after ``lightning-unlearn``, those of the process by default.
 
     Returns:
-        The report of what was repaired, if anything was, or the comparison.
+        The report of what was repaired, if anything was, or the comparison, or the audit.
     """
     parser = argparse.ArgumentParser(
         prog="lightning-unlearn",
@@ -47,8 +48,8 @@ def main(args: Sequence[str] | None = None) -> Report | Comparison | None:
     parser.add_argument(
         "command",
         choices=sorted(_COMMANDS),
-        help="demo: watch it work; fit: train with the callback; repair: mend a checkpoint; compare: try every repair "
-        "method on a checkpoint, and choose.",
+        help="audit: does a checkpoint look backdoored?; demo: watch a repair; fit: train with the callback; repair: "
+        "mend a checkpoint; compare: try every repair method on a checkpoint, and choose.",
     )
     words = list(sys.argv[1:] if args is None else args)
     command = parser.parse_args(words[:1]).command
@@ -107,6 +108,12 @@ def _compare(args: Sequence[str]) -> Comparison:
     return compare(args)
 
 
+def _audit(args: Sequence[str]) -> Audit | None:
+    from lightning_unlearn.audit_cli import audit  # here, since only this command needs it
+
+    return audit(args)
+
+
 def _demo(args: Sequence[str]) -> Report | None:
     from lightning_unlearn.demo import main as demo  # here, since the demo runs `fit`
 
@@ -121,7 +128,8 @@ def _underscored(word: str) -> str:
     return f"--{option[2:].replace('-', '_')}{equals}{value}"
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], Report | Comparison | None]] = {
+_COMMANDS: dict[str, Callable[[Sequence[str]], Audit | Report | Comparison | None]] = {
+    "audit": _audit,
     "compare": _compare,
     "demo": _demo,
     "fit": fit,

@@ -9,7 +9,7 @@ __all__ = ["run"]
 
 
 def run() -> None:
-    """Run ``lightning-unlearn`` and leave with an exit code: 0 for success, 1 for an error."""
+    """Run ``lightning-unlearn`` and leave with an exit code: 0 for success, 1 for an error, 3 for a bad verdict."""
     # Classes of the user's own, named in YAML, lie in the current folder; `python -m` looks there, too.
     sys.path.insert(0, os.getcwd())
     try:
@@ -19,10 +19,12 @@ def run() -> None:
         from lightning_unlearn.cli import main
 
         try:
-            main()
+            result = main()
         except (ValueError, TypeError, OSError, MemoryError, MisconfigurationException) as error:
             if sys.argv[1:2] == ["fit"]:
                 raise  # it may come from the user's own training code, where only a traceback tells the place
             sys.exit(f"lightning-unlearn: {' '.join(str(error).split())}")  # torch's messages have many lines
+        if sys.argv[1:2] == ["audit"] and getattr(result, "verdict", "clean") != "clean":
+            sys.exit(3)
     except ImportError as error:
         sys.exit(f"lightning-unlearn: {error}. The command line needs an extra: pip install 'lightning-unlearn[demo]'")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from lightning_unlearn.report import Report
+from lightning_unlearn.verdict import Audit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_report"]
+__all__ = ["plot_audit", "plot_report"]
 
+_DRAWN = 6  # images of an audit
 _CURVES = (
     ("ACC ↑", "val_acc", "acc", "tab:blue"),
     ("ASR ↓", "val_asr", "asr", "tab:red"),
@@ -50,6 +54,56 @@ def plot_report(report: Report, path: str | os.PathLike[str] | None = None) -> F
     )
     if path is not None:
         figure.savefig(path, dpi=120)
+    return figure
+
+
+def plot_audit(audit: Audit, images: Tensor, path: str | os.PathLike[str] | None = None, **options: Any) -> Figure:
+    """Draw the triggers estimated for the most suspicious class on real images, beside the scores of all classes.
+
+    Args:
+        audit: what was found.
+        images: (N, C, H, W) clean images in pixels, with 1 or 3 channels; the first six are drawn. Normalised ones are
+            brought to [0, 1] by their own range.
+        path: where to save the picture; not saved by default.
+        options: more for matplotlib's ``savefig``.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed; ``pip install 'lightning-unlearn[plots]'``.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plot_audit needs matplotlib: pip install 'lightning-unlearn[plots]'") from error
+    clean = images[:_DRAWN].detach().float().cpu()
+    low, high = clean.min(), clean.max()
+    if low < 0 or high > 1:
+        clean = (clean - low) / (high - low)
+    rows = [("clean", clean)] + [
+        (f"{e.family}\n{e.success:.0%} to {e.target}", e.trigger.cpu().stamp(clean.clone()).clamp(0, 1))
+        for e in audit.estimates
+    ]
+    figure = Figure(figsize=(1.1 * _DRAWN + 5, 1.2 * len(rows) + 1), layout="constrained")
+    pictures, scores = figure.subfigures(1, 2, width_ratios=(3, 2))  # type: ignore[misc]  # two in an array
+    grid = pictures.subplots(len(rows), len(clean), squeeze=False)
+    for axes_row, (label, row) in zip(grid, rows, strict=True):
+        axes_row[0].set_ylabel(label)
+        for axes, picture in zip(axes_row, row, strict=True):
+            axes.set(xticks=[], yticks=[])
+            axes.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
+    axes = scores.subplots()
+    axes.bar(
+        [str(entry.target) for entry in audit.classes],
+        [entry.score for entry in audit.classes],
+        color=["tab:red" if entry.target == audit.suspected_target else "0.6" for entry in audit.classes],
+    )
+    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="class", ylabel="score (above the line is suspicious)")
+    figure.suptitle(audit.summary(), fontsize="medium")
+    if path is not None:
+        figure.savefig(path, dpi=120, **options)
     return figure
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_unlearn.triggers import Trigger, TriggerPool
 from lightning_unlearn.triggers.inversion import Estimate, Family
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["COMPARED", "LEADS", "LIMITS", "SURELY", "WORKS", "Audit", "ClassAudit", "Verdict", "judged", "universality"]
 
@@ -22,6 +25,7 @@ LIMITS: dict[Family, float] = {"additive": 0.46, "covering": 0.65, "displacing":
 LEADS: dict[Family, float] = {"displacing": 1.7}
 SURELY = 1.1  # from here on the verdict is "backdoored"
 WORKS = 0.5  # least success on held-out images of an estimate that is used
+_SHOWN = 20  # rows of the terminal's table
 _NOTHING = 1e-12  # so that no cost divides by zero
 
 
@@ -52,7 +56,8 @@ class Audit:
         verdict: ``"clean"``, ``"suspicious"`` or ``"backdoored"``.
         suspected_target: the class with the highest score, None if the verdict is ``"clean"``.
         score: that class's score; at most 1 for a clean verdict.
-        classes: all classes that were looked at, in order.
+        classes: all classes that were looked at closely, in order.
+        num_classes: how many classes the model knows.
         estimates: the triggers estimated for the class with the highest score, cheapest relative to its limit first.
         labels: ``"given"``, or ``"predicted"`` if the model's own answers stood in for labels.
         unseen: classes of which there was no clean image; they were looked at with the images of the others.
@@ -65,6 +70,7 @@ class Audit:
     score: float
     classes: tuple[ClassAudit, ...]
     estimates: tuple[Estimate, ...]
+    num_classes: int
     labels: Literal["given", "predicted"] = "given"
     unseen: tuple[int, ...] = ()
     complete: bool = True
@@ -97,13 +103,39 @@ class Audit:
             f"{best.success:.0%} of other images to class {self.suspected_target}."
         )
 
+    def __rich__(self) -> Table:
+        """The same as a table for the terminal, the most suspicious classes first."""
+        from rich.table import Table
+
+        table = Table(title="Universality of each class's cheapest triggers", caption=self.notes())
+        for column in ("class", "score ↓", *COMPARED):
+            table.add_column(column, justify="right")
+        for entry in sorted(self.classes, key=lambda entry: -entry.score)[:_SHOWN]:
+            style = "bold red" if entry.target == self.suspected_target else None
+            table.add_row(str(entry.target), f"{entry.score:.2f}", *_cells(entry), style=style)
+        return table
+
+    def notes(self) -> str:
+        """The verdict, and what must be known to read it."""
+        notes = [self.summary()]
+        if self.labels == "predicted":
+            notes.append("The model's own answers stood in for labels.")
+        if self.unseen:
+            notes.append(f"There was no clean image of class {', '.join(map(str, self.unseen))}.")
+        if not self.complete:
+            notes.append("Time was over before all was looked at: these are the best estimates so far.")
+        return " ".join(notes)
+
     def __str__(self) -> str:
         """The classes as a Markdown table, with the verdict."""
         lines = ["| class | score ↓ | additive | covering | displacing |", "| --- | --- | --- | --- | --- |"]
         for c in self.classes:
-            universality = (f"{c.universality[f]:.2f}" if f in c.universality else "" for f in COMPARED)
-            lines.append(f"| {c.target} | {c.score:.2f} | " + " | ".join(universality) + " |")
-        return "\n".join([*lines, "", self.summary()])
+            lines.append(f"| {c.target} | {c.score:.2f} | " + " | ".join(_cells(c)) + " |")
+        return "\n".join([*lines, "", self.notes()])
+
+
+def _cells(entry: ClassAudit) -> list[str]:
+    return [f"{entry.universality[family]:.2f}" if family in entry.universality else "" for family in COMPARED]
 
 
 def judged(
