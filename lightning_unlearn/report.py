@@ -182,7 +182,7 @@ class Report:
         """Label, before and after of each rate."""
         for label, key in _ROWS:
             yield label, _rate(self.before[key]), _rate(self.after[key])
-        if self.estimated_asr is not None:
+        if self.estimated_asr is not None and self.status != "clean":
             before, after = (_rate(self.estimated_asr[when]) for when in ("before", "after"))
             yield "ASR of the estimated trigger ↓", before, after
 
