@@ -24,7 +24,7 @@ from benchmarks.victims import Victim, attack_trigger, measure, train
 from lightning_unlearn import __version__, methods, repair
 from lightning_unlearn.metrics.functional import defense_effectiveness_rating, robust_improvement_rate
 
-__all__ = ["run", "stored"]
+__all__ = ["append", "run", "stored"]
 
 _KEYS = ("victim", "method", "method_args", "trigger", "samples_per_class", "seed", "test_images")
 
@@ -68,7 +68,7 @@ def run(
         try:
             for finished in as_completed(running):
                 line = finished.result()
-                _append(path, json.dumps(line))
+                append(path, json.dumps(line))
                 yield line
         finally:
             pool.shutdown(cancel_futures=True)
@@ -144,7 +144,7 @@ def _key(line: dict[str, Any]) -> str:
     return json.dumps([line[part] for part in _KEYS], sort_keys=True)
 
 
-def _append(path: Path, line: str) -> None:
+def append(path: Path, line: str) -> None:
     """One write call a line, so that parallel runs and interruptions leave whole lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
