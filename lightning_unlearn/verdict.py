@@ -35,7 +35,7 @@ class ClassAudit:
 
     Args:
         target: the class.
-        score: how far the class stands out as a multiple of what is innocent, see :func:`judged`; above 1 is suspicious.
+        score: how far the class stands out as a multiple of what is innocent (:func:`judged`); above 1 is suspicious.
         cost: by family, what one trigger for all images costs, see :class:`Estimate`.
         universality: by family, what a change for each image alone costs on average, as a share of ``cost``.
         success: by family, the trigger's success on the images it was estimated on, in [0, 1].
