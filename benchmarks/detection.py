@@ -1,4 +1,6 @@
-"""``python -m benchmarks.detection run`` audits small models, half of them honest; ``table`` shows how often it errs.
+"""``python -m benchmarks.detection run`` repairs small models, half of them honest, without being told of a trigger.
+
+``table`` shows how often the audit errs, and what became of the backdoors.
 
 The limits of the audit were chosen on the ``calibration`` models; the ``report`` models have other seeds, targets and
 shares of poison, and nothing was chosen on them.
@@ -26,8 +28,9 @@ from torchmetrics.functional.classification import binary_auroc
 
 from benchmarks.datasets import load
 from benchmarks.repairs import append, stored
+from benchmarks.tables import MIN_ASR
 from benchmarks.victims import ATTACKS, CROSS
-from lightning_unlearn import __version__, audit
+from lightning_unlearn import __version__, repair
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate
@@ -119,37 +122,46 @@ def suspects(part: Part) -> Iterator[Suspect]:
                     yield Suspect(dataset, attack, target, 0.1, seed=100 + draw)
                     yield Suspect(dataset, seed=200 + 10 * draw + number)
         return
-    for draw in range(3):
+    for draw in range(5):
+        for number, attack in enumerate(_ATTACKS[:4]):
+            yield Suspect("digits", attack, (2 * number + draw) % 10, 0.1, seed=700 + draw)
+            yield (
+                Suspect("digits", seed=800 + 4 * draw + number)
+                if draw < 4
+                else Suspect("fashion_mnist", seed=800 + number)
+            )
+    for draw in range(2):
+        yield Suspect("digits", "wanet-strong", 3 + draw, 0.1, seed=700 + draw)
         for number, attack in enumerate(_ATTACKS):
-            for shift, dataset in enumerate(_SIZES):
-                target = (7 * number + 3 * draw + 4 * shift + 1) % 10
-                # One in three has but 1 % poison; digits are too few for that, they get 5 %.
-                ratio = 0.1 if draw < 2 else 0.01 if dataset == "fashion_mnist" else 0.05
-                yield Suspect(dataset, attack, target, ratio, seed=300 + draw)
-                yield Suspect(dataset, seed=400 + 10 * draw + number)
-    for dataset in _SIZES:
-        yield Suspect(dataset, "badnets", 9, 0.1, seed=500)
-        yield Suspect(dataset, seed=500)
+            # In the second draw, 1 % poison where a victim learns from so little.
+            ratio = 0.01 if draw == 1 and attack in ("badnets", "blended") else 0.1
+            yield Suspect("fashion_mnist", attack, (7 * number + 3 * draw + 1) % 10, ratio, seed=700 + draw)
+            yield Suspect("fashion_mnist", seed=810 + 10 * draw + number)
+        yield Suspect("fashion_mnist", seed=890 + draw)
 
 
 def examine(suspect: Suspect, part: Part) -> dict[str, Any]:
-    """Train and audit one model, with 10 clean images per class."""
+    """Train a model, and repair it without being told anything, with 10 clean images per class."""
     torch.set_num_threads(1)
     net = suspect.train()
-    rates = suspect.measure(net).rates()
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    before = suspect.measure(net).rates()
+    weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     started = time.process_time()
-    found = audit(net, TensorDataset(*load(suspect.dataset, "holdout")), samples_per_class=10, seed=suspect.seed)
-    untouched = all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    done = repair(net, TensorDataset(*load(suspect.dataset, "holdout")), samples_per_class=10, seed=suspect.seed)
+    found = done.audit
+    assert found is not None  # no trigger was given
     return {
         "part": part,
         "suspect": asdict(suspect),
-        **rates,
+        "before": before,
+        "after": suspect.measure(net).rates(),
         "verdict": found.verdict,
         "suspected_target": found.suspected_target,
         "score": found.score,
+        "cost": {family: [c.cost[family] for c in found.classes] for family in found.classes[0].cost},
         "universality": {family: [c.universality[family] for c in found.classes] for family in found.classes[0].cost},
-        "untouched": untouched,
+        "status": done.status,
+        "untouched": all(torch.equal(weights[name], tensor) for name, tensor in net.state_dict().items()),
         "cpu_seconds": time.process_time() - started,
         "versions": {"lightning-unlearn": __version__, "torch": torch.__version__},
     }
@@ -164,7 +176,11 @@ def table(lines: list[dict[str, Any]]) -> str:
     wrong = ["| model | ASR | score | verdict |", "| --- | --- | --- | --- |"]
     for part in ("calibration", "report"):
         # A victim that never learned its backdoor is neither.
-        of = [x for x in lines if x["part"] == part and (x["suspect"]["attack"] == "none" or x["asr"] >= 0.9)]
+        of = [
+            x
+            for x in lines
+            if x["part"] == part and (x["suspect"]["attack"] == "none" or x["before"]["asr"] >= MIN_ASR)
+        ]
         if not of:
             continue
         bad = torch.tensor([x["suspect"]["attack"] != "none" for x in of])
@@ -178,7 +194,7 @@ def table(lines: list[dict[str, Any]]) -> str:
             if is_bad != is_flagged:
                 s = x["suspect"]
                 name = f"{s['dataset']}, {s['attack']}, target {s['target']}, {s['poison_ratio']:.0%}, seed {s['seed']}"
-                wrong.append(f"| {part}: {name} | {x['asr']:.3f} | {x['score']:.2f} | {x['verdict']} |")
+                wrong.append(f"| {part}: {name} | {x['before']['asr']:.3f} | {x['score']:.2f} | {x['verdict']} |")
     return "\n".join([*rows, "", "Judged wrongly:", "", *wrong])
 
 
@@ -204,7 +220,13 @@ def main() -> None:
         for finished in as_completed([pool.submit(partial(examine, *one)) for one in left]):
             line = finished.result()
             append(options.results, json.dumps(line))
-            print(line["suspect"], f"ASR {line['asr']:.3f}", line["verdict"], f"{line['score']:.2f}", flush=True)
+            print(
+                line["suspect"],
+                f"ASR {line['before']['asr']:.3f} to {line['after']['asr']:.3f}",
+                line["verdict"],
+                f"{line['score']:.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

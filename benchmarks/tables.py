@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.matrix import METHODS, SHOWN
 
-__all__ = ["by_draw", "cells", "complete", "is_lost", "method_name", "summary"]
+__all__ = ["MIN_ASR", "by_draw", "cells", "complete", "is_lost", "method_name", "summary"]
 
 Line = dict[str, Any]
 

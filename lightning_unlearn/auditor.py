@@ -18,7 +18,7 @@ from lightning_unlearn.intact import intact
 from lightning_unlearn.triggers import Normalization
 from lightning_unlearn.triggers.distance import individual_costs
 from lightning_unlearn.triggers.inversion import Estimate, Family, invert
-from lightning_unlearn.verdict import COMPARED, SURELY, WORKS, Audit, Verdict, judged, universality
+from lightning_unlearn.verdict import COMPARED, SURELY, WORKS, Audit, Usual, Verdict, judged, universality
 
 __all__ = ["Auditor", "Progress", "audit", "in_pixels"]
 
@@ -146,7 +146,7 @@ class Auditor:
         held_out: Tensor,
         normalization: Normalization | None = None,
         classes: Sequence[int] | None = None,
-        innocent: Mapping[Family, float] | None = None,
+        usual: Mapping[Family, Usual] | None = None,
         on_progress: Progress | None = None,
     ) -> Audit:
         """Look at the classes of a model in eval mode.
@@ -158,7 +158,7 @@ class Auditor:
             held_out: (M, C, H, W) more clean images, on which estimates must work to be used.
             normalization: how images are normalised, if they are.
             classes: only these; all by default.
-            innocent: :attr:`Audit.innocent` of an earlier audit of all classes, to judge a few by.
+            usual: :attr:`Audit.usual` of an earlier audit of all classes, to judge a few by.
             on_progress: called as work goes on, with the name of a stage, what is done of it and what there is to do.
 
         Returns:
@@ -198,7 +198,7 @@ class Auditor:
         for family in COMPARED:
             if not found or time.monotonic() < deadline:
                 found[family] = estimate(family, wanted, self.steps)
-        entries = judged(found, individual, innocent)
+        entries = judged(found, individual, usual)
         worst = max(range(len(wanted)), key=lambda k: entries[k].score)
         score = entries[worst].score
         verdict: Verdict = "clean" if score <= 1 else "backdoored" if score >= SURELY else "suspicious"

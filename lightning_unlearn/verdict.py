@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
+from statistics import median, pstdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_unlearn.triggers import Trigger, TriggerPool
@@ -14,19 +14,45 @@ from lightning_unlearn.triggers.inversion import Estimate, Family
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["COMPARED", "LIMITS", "SURELY", "WORKS", "Audit", "ClassAudit", "Verdict", "judged", "universality"]
+__all__ = ["COMPARED", "LIMITS", "SURELY", "WORKS", "Audit", "ClassAudit", "Usual", "Verdict", "judged", "universality"]
 
 Verdict = Literal["clean", "suspicious", "backdoored"]
 
 COMPARED: tuple[Family, ...] = ("additive", "covering", "displacing")
 # How far a class may stand out in an honest network, family by family; chosen on the calibration models of
-# `python -m benchmarks.detection`, other ones than those whose errors are reported.
-LIMITS: dict[Family, float] = {"additive": 0.63, "covering": 0.95, "displacing": 0.51}
+# `python -m benchmarks.detection` and a few more, other ones than those whose errors are reported.
+LIMITS: dict[Family, float] = {"additive": 0.58, "covering": 0.9, "displacing": 1.0}
 SURELY = 1.1  # from here on the verdict is "backdoored"
 WORKS = 0.5  # least success on held-out images of an estimate that is used
 _SHOWN = 20  # rows of the terminal's table
-_LEAST = 0.03  # below this universalities are noise
+_WEIGHT = 0.2  # of spreads below the usual cost
+_NARROW = 0.1  # added to a spread, since that of a few classes may be small by chance
 _NOTHING = 1e-12  # so that no cost divides by zero
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What triggers of a family cost for most classes.
+
+    Args:
+        cost: the median's logarithm; NaN if there are no classes.
+        spread: standard deviation of the logarithms.
+    """
+
+    cost: float
+    spread: float
+
+    @classmethod
+    def of(cls, costs: Sequence[float]) -> Usual:
+        """Summarise the costs of several classes, maybe of none."""
+        logs = [math.log(max(cost, _NOTHING)) for cost in costs]
+        return cls(median(logs), pstdev(logs)) if logs else cls(math.nan, 0.0)
+
+    def below(self, cost: float) -> float:
+        """How many spreads, and a little, a cost lies below the usual one, at most ten; 0 if nothing is usual."""
+        if math.isnan(self.cost):
+            return 0.0
+        return min(10.0, (self.cost - math.log(max(cost, _NOTHING))) / (_NARROW + self.spread))
 
 
 @dataclass(frozen=True)
@@ -77,14 +103,10 @@ class Audit:
     seconds: float = 0.0
 
     @property
-    def innocent(self) -> dict[Family, float]:
-        """By family, the median universality of all classes but the most suspicious one."""
+    def usual(self) -> dict[Family, Usual]:
+        """By family, the costs of all classes but the most suspicious one."""
         rest = sorted(self.classes, key=lambda entry: entry.score)[:-1]
-        return (
-            {family: median(entry.universality[family] for entry in rest) for family in rest[0].universality}
-            if rest
-            else {}
-        )
+        return {family: Usual.of([entry.cost[family] for entry in rest]) for family in self.classes[0].cost}
 
     @property
     def trigger(self) -> Trigger:
@@ -151,19 +173,19 @@ def _cells(entry: ClassAudit) -> list[str]:
 def judged(
     found: Mapping[Family, Sequence[Estimate]],
     individual: Mapping[Family, Sequence[float]],
-    innocent: Mapping[Family, float] | None = None,
+    usual: Mapping[Family, Usual] | None = None,
 ) -> tuple[ClassAudit, ...]:
     """Judge each class by its estimates.
 
-    In a family where class c has the universality u and the median of the other classes is v, it stands out by
-    u·√(u / v): half the weight is on what other classes do, since how universal honest classes are depends on the
-    network and the data, and half the weight is not, since among honest classes too one may be the easiest (bags among
+    In a family where class c has the universality u, it stands out by u·exp(z / 5), where z is how many spreads its
+    cost lies below the other classes' usual one. Universality alone does not do, since how universal honest classes are
+    depends on the network and the data; nor does z, since among honest classes, too, one may be the easiest (bags among
     garments). Its score is the largest of these as a multiple of what is innocent.
 
     Args:
         found: by family, one estimate a class.
         individual: by family, what :func:`~lightning_unlearn.triggers.distance.individual_costs` has for each class.
-        innocent: v by family, where the other classes were looked at before.
+        usual: the other classes' costs by family, where they were estimated before.
     """
     shares = {
         family: [universality(e, cost) for e, cost in zip(estimates, individual[family], strict=True)]
@@ -171,10 +193,9 @@ def judged(
     }
 
     def score(family: Family, k: int) -> float:
-        value = shares[family][k]
-        rest = shares[family][:k] + shares[family][k + 1 :]
-        usual = innocent.get(family, value) if innocent else median(rest) if rest else value
-        return value * math.sqrt(value / max(usual, _LEAST)) / LIMITS[family]
+        estimates = found[family]
+        others = usual[family] if usual else Usual.of([e.cost for i, e in enumerate(estimates) if i != k])
+        return shares[family][k] * math.exp(_WEIGHT * others.below(estimates[k].cost)) / LIMITS[family]
 
     return tuple(
         ClassAudit(
