@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_unlearn.data.holdout import split_holdout
-from lightning_unlearn.data.labels import item_parts, labels_of
-from lightning_unlearn.data.unlabelled import PredictedLabels, is_unlabelled
+from lightning_unlearn.data.labels import is_unlabelled, item_parts, labels_of
+from lightning_unlearn.data.unlabelled import PredictedLabels
 from lightning_unlearn.triggers import Normalization, find_normalization
 
 __all__ = ["Draw", "ImagesAndLabels", "Split", "refuse_missing_classes"]
