@@ -212,9 +212,7 @@ def test_a_mask_or_pattern_out_of_range(name, value):
 
 
 def test_a_field_without_two_directions():
-    with pytest.raises(
-        ValueError, match=r"^field: expected displacements in x and y, \(2, h, w\), but got \(1, 4, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"^field: expected displacements in x and y, \(2, h, w\), but got \("):
         DisplacingTrigger(torch.zeros(1, 4, 4))
 
 
