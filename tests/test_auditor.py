@@ -194,18 +194,18 @@ def test_whole_numbers_are_refused():
 
 
 def test_a_model_that_always_answers_the_same():
-    with pytest.raises(ValueError, match="^model: it answers class 1 to every clean image"):
+    with pytest.raises(ValueError, match=r"^model: it answers class 1 to every clean image"):
         examined(lambda x: torch.stack([0 * x.sum((1, 2, 3)), 1 + 0 * x.sum((1, 2, 3))], 1))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_that_are_no_numbers(value):
-    with pytest.raises(ValueError, match="^model: its logits hold NaN or infinity"):
+    with pytest.raises(ValueError, match=r"^model: its logits hold NaN or infinity"):
         examined(lambda x: honest(x) * torch.tensor([1, 1, 1, value]))
 
 
 def test_images_of_one_class_alone():
-    with pytest.raises(ValueError, match="^labels: all images are of class 3"):
+    with pytest.raises(ValueError, match=r"^labels: all images are of class 3"):
         examined(data=(rows()[0], torch.full((16,), 3)))
 
 
@@ -221,7 +221,7 @@ def test_numbers_below_one(name, value):
 
 @pytest.mark.parametrize("value", [0, -1.0, math.nan])
 def test_no_time(value):
-    with pytest.raises(ValueError, match="^max_time: expected a number of seconds above 0, or None, but got"):
+    with pytest.raises(ValueError, match=r"^max_time: expected a number of seconds above 0, or None, but got"):
         Auditor(max_time=value)
 
 

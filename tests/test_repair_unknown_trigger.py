@@ -53,7 +53,7 @@ class Spy(RepairMethod):
 def test_a_real_backdoor_is_removed_and_its_trigger_never_given(digits_victim):
     net = digits_victim.fresh()
     assert digits_victim.before.asr >= 0.9
-    result = repair(net, digits_victim.holdout, samples_per_class=10, auditor=Auditor(steps=50))
+    result = repair(net, digits_victim.holdout)
     after = digits_victim.measure(net)
     assert result.status == "repaired"
     assert result.audit.suspected_target == result.trigger.target == 0
@@ -115,7 +115,7 @@ def test_after_an_exception_the_model_is_as_before(hand_victim, left_alone):
 
 
 def test_time_too_short_leaves_the_model_as_it_was(hand_victim, left_alone):
-    with left_alone(hand_victim.net), pytest.raises(ValueError, match="^max_time: .* s were over after 0 of 3"):
+    with left_alone(hand_victim.net), pytest.raises(ValueError, match=r"^max_time: .* s were over after 0 of 3"):
         repair(hand_victim.net, hand_victim.clean, auditor=Auditor(max_time=1e-9))
 
 

@@ -138,7 +138,7 @@ def test_a_known_trigger_may_be_alternated_too(hand_victim):
 
 def test_all_to_all_is_refused(hand_victim, left_alone):
     trigger = PatchTrigger(size=1, target="all_to_all")
-    with left_alone(hand_victim.net), pytest.raises(ValueError, match="^trigger: .*one class.*all_to_all"):
+    with left_alone(hand_victim.net), pytest.raises(ValueError, match=r"^trigger: .*one class.*all_to_all"):
         repair(hand_victim.net, hand_victim.clean, trigger=trigger, method=Alternation(), force=True)
 
 
@@ -148,7 +148,7 @@ def test_something_that_is_no_method():
 
 
 def test_a_method_without_triggers():
-    with pytest.raises(ValueError, match="^method: FineTuning learns from clean images alone; use it by itself"):
+    with pytest.raises(ValueError, match=r"^method: FineTuning learns from clean images alone; use it by itself"):
         Alternation(FineTuning())
 
 
