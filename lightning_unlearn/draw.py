@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_unlearn.data.holdout import split_holdout
-from lightning_unlearn.data.labels import item_parts, labels_of
-from lightning_unlearn.data.unlabelled import PredictedLabels, is_unlabelled
+from lightning_unlearn.data.labels import is_unlabelled, item_parts, labels_of
+from lightning_unlearn.data.unlabelled import PredictedLabels
 from lightning_unlearn.triggers import Normalization, find_normalization
 
 __all__ = ["Draw", "ImagesAndLabels", "Split", "refuse_missing_classes"]
@@ -59,6 +59,7 @@ class Draw:
         share: float | None = None,
         validation_share: float = 0.1,
         seed: int = 0,
+        skip_missing: bool = False,
     ) -> Draw:
         """Draw images per class and load them; nothing else of the dataset is read, if it has labels.
 
@@ -70,6 +71,7 @@ class Draw:
             share: the share of ``dataset`` to draw instead, in (0, 1]; then give ``samples_per_class=None``.
             validation_share: the part of each class that validates, at least one image.
             seed: seed of the draw.
+            skip_missing: pass over classes without any image instead of refusing them.
 
         Raises:
             ValueError: if the draw is impossible.
@@ -84,6 +86,7 @@ class Draw:
             share=share,
             validation_share=validation_share,
             seed=seed,
+            skip_missing=skip_missing,
         )
         scoring, validation = Subset(dataset, holdout.scoring), Subset(dataset, holdout.validation)
         return cls(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -157,7 +157,7 @@ def repair(
     normalization = draw.normalization
     if trigger is not None and trigger.normalization is None and normalization is not None:
         trigger = trigger.normalized(normalization)
-    return repair_split(
+    result = repair_split(
         model,
         draw.split,
         trigger=trigger,
@@ -171,6 +171,7 @@ def repair(
         on_round=on_round,
         on_progress=on_progress,
     )
+    return result if result.audit is None else replace(result, audit=replace(result.audit, labels=draw.labels))
 
 
 @tries_smaller_batches

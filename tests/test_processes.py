@@ -142,6 +142,8 @@ class _Work:
         if self.processes.count > 1:
             (images, labels), validation = split().scoring, split().validation
             missing = self.processes.rank
+            anything = self.processes.first_of_any({"rank": missing, "trigger": PatchTrigger(size=1 + missing)})
+            found["first of any"] = [anything["rank"], repr(anything["trigger"])]
             found["mistaken"] = self.refused(Mistaken())
             found["other images"] = self.refused(SHORT, Split((images[missing:], labels[missing:]), validation))
         return found
@@ -250,6 +252,12 @@ def test_other_images_on_one_process_are_refused(results, count):
 
 
 @pytest.mark.parametrize("count", [2, 4])
+def test_anything_can_be_had_of_the_first(results, count):
+    for found in results[count]:
+        assert found["first of any"] == [0, repr(PatchTrigger(size=1))]
+
+
+@pytest.mark.parametrize("count", [2, 4])
 def test_one_failing_process_ends_all(folder, count):
     done = _run(folder, "fail", count)
     assert done.returncode != 0
@@ -274,6 +282,7 @@ def test_alone_nothing_is_exchanged(monkeypatch):
     ALONE.align(nn.Linear(1, 1))
     ALONE.refuse_difference("it", object())
     assert ALONE.first(tensor) is tensor
+    assert ALONE.first_of_any(tensor) is tensor
     assert tensor.item() == 1.5
 
 

@@ -208,8 +208,9 @@ def test_result(hand_victim):
     assert result.mask.total == 4
     assert result.rounds[0].pruned == (("0", 3),)
     assert [done.round for done in result.rounds] == list(range(1, len(result.rounds) + 1))
-    assert list(result.seconds) == ["score", "evaluate", "finetune", "total"]
-    assert result.seconds["finetune"] == 0
+    assert list(result.seconds) == ["estimate", "score", "evaluate", "finetune", "total"]
+    assert result.seconds["estimate"] == result.seconds["finetune"] == 0
+    assert result.audit is None
     assert 0 < result.seconds["score"] + result.seconds["evaluate"] <= result.seconds["total"]
     weights = hand_victim.net[0].weight
     assert weights[3].count_nonzero() == 0

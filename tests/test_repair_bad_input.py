@@ -283,12 +283,9 @@ def test_images_that_the_model_does_not_take(refused, make_clean):
 
 
 @pytest.mark.parametrize("given", [{}, {"trigger": None}])
-def test_no_trigger(make_net, make_clean, left_alone, given):
+def test_no_trigger_and_a_model_that_always_answers_the_same(make_net, make_clean, left_alone, given):
     net = make_net("vgg")
-    with (
-        left_alone(net),
-        pytest.raises(ValueError, match=r"^trigger: none is given, .* is not built yet; pass the trigger"),
-    ):
+    with left_alone(net), pytest.raises(ValueError, match=r"^model: it answers class 1 to every clean image, so no"):
         repair(net, make_clean(20), **given)
 
 

@@ -54,6 +54,7 @@ def split_holdout(
     validation_share: float = 0.1,
     seed: int = 0,
     num_classes: int | None = None,
+    skip_missing: bool = False,
 ) -> Holdout:
     """Picks images of each class at random and splits them into a scoring and a validation part.
 
@@ -68,6 +69,7 @@ def split_holdout(
         validation_share: which part of the picked images validates, in (0, 1).
         seed: chooses the images; the global random state is neither read nor changed.
         num_classes: how many classes there are; the largest label plus one by default.
+        skip_missing: pass over classes without any image instead of refusing them.
 
     Returns:
         The indices into ``labels``, in rising order in each part.
@@ -90,6 +92,8 @@ def split_holdout(
     validation: list[int] = []
     for label in range(int(classes.max()) + 1 if num_classes is None else num_classes):
         members = torch.nonzero(classes == label).flatten()
+        if skip_missing and not len(members):
+            continue
         count = _count_to_pick(label, len(members), samples_per_class, share)
         order = torch.randperm(len(members), generator=seeded_generator("holdout", seed, label))
         picked = members[order[:count]].tolist()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 
-__all__ = ["AnyDataset", "HasOrigins", "item_parts", "labels_of", "overlap", "provenance"]
+__all__ = ["AnyDataset", "HasOrigins", "is_unlabelled", "item_parts", "labels_of", "overlap", "provenance"]
 
 if TYPE_CHECKING:
     AnyDataset: TypeAlias = Dataset[Any]
@@ -83,6 +83,30 @@ def labels_of(dataset: object) -> Tensor:
         return labels
     read = [_item_label(dataset[index], index) for index in range(len(dataset))]
     return torch.tensor(read, dtype=torch.int64)
+
+
+def is_unlabelled(dataset: object) -> bool:
+    """Whether a map-style dataset holds images alone; an item is read only where nothing else tells.
+
+    Args:
+        dataset: any dataset.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> is_unlabelled(TensorDataset(torch.zeros(3, 1, 2, 2))), is_unlabelled([(torch.zeros(1, 2, 2), 5)])
+        (True, False)
+    """
+    if isinstance(dataset, Subset):
+        return is_unlabelled(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return any(is_unlabelled(part) for part in dataset.datasets)
+    if isinstance(dataset, TensorDataset):
+        return len(dataset.tensors) == 1
+    if not _is_map_style(dataset) or not len(dataset) or _stored_labels(dataset) is not None:
+        return False
+    item = dataset[0]
+    return isinstance(item, Tensor) or (isinstance(item, tuple | list) and len(item) == 1)
 
 
 def item_parts(item: object) -> tuple[Any, Any]:

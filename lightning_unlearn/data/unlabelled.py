@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_unlearn.data.labels import AnyDataset
 
-__all__ = ["PredictedLabels", "is_unlabelled"]
+__all__ = ["PredictedLabels"]
 
 
 class PredictedLabels(Dataset[tuple[Any, int]]):
@@ -46,14 +46,6 @@ class PredictedLabels(Dataset[tuple[Any, int]]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """An image with the class that it was given."""
         return _image(self.dataset[index]), int(self.targets[index])
-
-
-def is_unlabelled(dataset: object) -> bool:
-    """Whether the first item of a map-style dataset is an image alone."""
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or not len(dataset):
-        return False
-    item = dataset[0]
-    return isinstance(item, Tensor) or (isinstance(item, (tuple, list)) and len(item) == 1)
 
 
 def _image(item: Any) -> Any:

@@ -82,7 +82,11 @@ class Alternation(RepairMethod):
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Repair and estimate in turn."""
         target, floor = task.trigger.target, task.measure().acc - self.accuracy_drop - 1e-6
-        assert isinstance(target, int)  # estimates are of one class
+        if not isinstance(target, int):
+            raise ValueError(
+                f"trigger: estimates are of one class, but this trigger's target is {target!r}; repair with "
+                f"{self.method.name} itself."
+            )
         pool = _members(task.trigger)
         for number in range(1, self.rounds + 1):
             steps, weights = task.mask.steps, [tensor.detach().clone() for tensor in _tensors(task)]
@@ -99,7 +103,7 @@ class Alternation(RepairMethod):
                 return
             with task.watch.measure("estimate"):
                 found = replace(self.auditor, seed=task.seed + number).audit(
-                    task.forward,
+                    lambda images: task.forward(images.to(task.scoring.clean.dtype)),
                     task.scoring.clean,
                     task.scoring.labels,
                     held_out=task.validation.clean,

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lightning_unlearn.triggers.base import Trigger
+from lightning_unlearn.triggers.base import Target, Trigger
 
-__all__ = ["ComposeTriggers"]
+__all__ = ["ComposeTriggers", "shared_target"]
 
 
 class ComposeTriggers(Trigger):
@@ -39,20 +39,14 @@ class ComposeTriggers(Trigger):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
-        if not triggers:
-            raise ValueError("triggers must hold at least one trigger, but is empty")
+        target = shared_target(triggers)
         for trigger in triggers:
-            if not isinstance(trigger, Trigger):
-                raise TypeError(f"triggers must hold Trigger objects, but holds a {type(trigger).__name__}")
             if trigger.normalization is not None:
                 raise ValueError(
                     f"triggers work on pixels here, but {type(trigger).__name__} has mean and std of its own: "
                     "give mean= and std= to ComposeTriggers instead"
                 )
-        targets = [trigger.target for trigger in triggers]
-        if any(target != targets[0] for target in targets):
-            raise ValueError(f"triggers must share one target, but have {targets}")
-        super().__init__(target=targets[0], mean=mean, std=std)
+        super().__init__(target=target, mean=mean, std=std)
         self.triggers = nn.ModuleList(triggers)
 
     def stamp(self, pixels: Tensor) -> Tensor:
@@ -61,3 +55,21 @@ class ComposeTriggers(Trigger):
             # Each trigger's own forward: it checks what it returns, so that an error names the right one.
             pixels = trigger(pixels)
         return pixels
+
+
+def shared_target(triggers: Sequence[Trigger]) -> Target:
+    """The one target of several triggers.
+
+    Raises:
+        TypeError: if one of them is not a Trigger.
+        ValueError: if there is none, or targets differ.
+    """
+    if not triggers:
+        raise ValueError("triggers must hold at least one trigger, but is empty")
+    for trigger in triggers:
+        if not isinstance(trigger, Trigger):
+            raise TypeError(f"triggers must hold Trigger objects, but holds a {type(trigger).__name__}")
+    targets = [trigger.target for trigger in triggers]
+    if any(target != targets[0] for target in targets):
+        raise ValueError(f"triggers must share one target, but have {targets}")
+    return targets[0]

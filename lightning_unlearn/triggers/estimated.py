@@ -48,7 +48,7 @@ class AdditiveTrigger(Trigger):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(target=target, mean=mean, std=std)
-        self.register_buffer("pattern", _image("pattern", pattern))
+        self.register_buffer("pattern", _finite("pattern", pattern))
 
     def stamp(self, pixels: Tensor) -> Tensor:
         """Adds the pattern; see :meth:`Trigger.stamp`."""
@@ -88,13 +88,17 @@ class CoveringTrigger(Trigger):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(target=target, mean=mean, std=std)
-        self.register_buffer("mask", _image("mask", mask))
-        self.register_buffer("pattern", _image("pattern", pattern))
+        self.register_buffer("mask", _finite("mask", mask))
+        self.register_buffer("pattern", _finite("pattern", pattern))
         if self.mask.shape != (1, *self.pattern.shape[1:]):
             raise ValueError(
                 f"mask: expected shape {(1, *self.pattern.shape[1:])} beside this pattern, but got "
                 f"{tuple(self.mask.shape)}."
             )
+        for name, tensor in (("mask", self.mask), ("pattern", self.pattern)):
+            low, high = tensor.aminmax()
+            if low < 0 or high > 1:
+                raise ValueError(f"{name}: expected values in [0, 1], but they go from {low:.4g} to {high:.4g}.")
 
     def stamp(self, pixels: Tensor) -> Tensor:
         """Covers the part; see :meth:`Trigger.stamp`."""
@@ -130,7 +134,7 @@ class DisplacingTrigger(Trigger):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(target=target, mean=mean, std=std)
-        self.register_buffer("field", _image("field", field))
+        self.register_buffer("field", _finite("field", field))
         if len(self.field) != 2:
             raise ValueError(f"field: expected displacements in x and y, (2, h, w), but got {tuple(field.shape)}.")
 
@@ -181,11 +185,24 @@ class ResidualTrigger(Trigger):
         if not 0 < strength <= 1:
             raise ValueError(f"strength: expected a value in (0, 1], but got {strength}.")
         self.strength = strength
-        for name, tensor in (("first", first), ("bias", bias), ("second", second)):
-            self.register_buffer(name, tensor.detach().float().clone())
+        for name, tensor, dimensions in (("first", first, 4), ("bias", bias, 1), ("second", second, 4)):
+            self.register_buffer(name, _finite(name, tensor, dimensions))
+        hidden, channels = self.first.shape[:2]
+        if len(self.bias) != hidden:
+            raise ValueError(f"bias: expected {hidden} value(s), one a filter of first, but got {len(self.bias)}.")
+        if self.second.shape[:2] != (channels, hidden):
+            raise ValueError(
+                f"second: expected {channels} filter(s) over {hidden} channel(s) after this first, but got "
+                f"{tuple(self.second.shape)}."
+            )
 
     def stamp(self, pixels: Tensor) -> Tensor:
         """Adds the residual; see :meth:`Trigger.stamp`."""
+        if pixels.shape[1] != self.first.shape[1]:
+            raise ValueError(
+                f"images: this trigger was estimated for {self.first.shape[1]} channel(s), but these have "
+                f"{pixels.shape[1]}."
+            )
         weights = (tensor.to(pixels)[None] for tensor in (self.first, self.bias, self.second))
         return pixels + residual(pixels[None], *weights, strength=self.strength)[0]
 
@@ -218,10 +235,15 @@ def residual(pixels: Tensor, first: Tensor, bias: Tensor, second: Tensor, *, str
     return strength * added.view(images, count, channels, height, width).transpose(0, 1)
 
 
-def _image(name: str, tensor: Tensor) -> Tensor:
-    if tensor.dim() != 3 or tensor.numel() == 0 or not tensor.is_floating_point() or not tensor.isfinite().all():
+def _finite(name: str, tensor: Tensor, dimensions: int = 3) -> Tensor:
+    if (
+        tensor.dim() != dimensions
+        or tensor.numel() == 0
+        or not tensor.is_floating_point()
+        or not tensor.isfinite().all()
+    ):
         raise ValueError(
-            f"{name}: expected a finite float tensor of three dimensions, but got {tensor.dtype} of shape "
+            f"{name}: expected a finite float tensor of {dimensions} dimensions, but got {tensor.dtype} of shape "
             f"{tuple(tensor.shape)}."
         )
     return tensor.detach().float().clone()

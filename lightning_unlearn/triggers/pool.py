@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unlearn.triggers.base import Trigger
+from lightning_unlearn.triggers.compose import shared_target
 
 __all__ = ["TriggerPool"]
 
@@ -22,6 +23,7 @@ class TriggerPool(Trigger):
             trigger hands them pixels.
 
     Raises:
+        TypeError: if one of ``triggers`` is not a Trigger.
         ValueError: if there is none, or targets differ.
 
     Example:
@@ -34,12 +36,7 @@ class TriggerPool(Trigger):
     """
 
     def __init__(self, triggers: Sequence[Trigger]) -> None:
-        if not triggers:
-            raise ValueError("triggers: expected at least one, but got none.")
-        targets = {trigger.target for trigger in triggers}
-        if len(targets) > 1:
-            raise ValueError(f"triggers: expected one target for all, but got {sorted(map(str, targets))}.")
-        super().__init__(target=triggers[0].target)
+        super().__init__(target=shared_target(triggers))
         self.triggers = nn.ModuleList(triggers)
 
     def stamp(self, pixels: Tensor) -> Tensor:
@@ -49,5 +46,7 @@ class TriggerPool(Trigger):
         for first, trigger in enumerate(self.triggers):
             assert isinstance(trigger, Trigger)  # what a ModuleList holds has no type
             if first < len(pixels):
-                stamped[first::count] = trigger.stamp(pixels[first::count].clone())
+                part = pixels[first::count]
+                # Checked here, so that an error names the right one.
+                stamped[first::count] = trigger._checked(trigger.stamp(part.clone()), part)
         return stamped

@@ -7,7 +7,7 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, Te
 from torchvision.datasets import ImageFolder
 
 from lightning_unlearn.data import labels_of
-from lightning_unlearn.data.labels import item_parts
+from lightning_unlearn.data.labels import is_unlabelled, item_parts
 
 IMAGE = torch.zeros(1, 2, 2)
 
@@ -139,3 +139,33 @@ def test_refuses_a_tensor_dataset_without_labels(tensors):
 def test_refuses_other_items(item, found):
     with pytest.raises(TypeError, match=found):
         item_parts(item)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        (Items([IMAGE]), True),
+        (Items([(IMAGE,)]), True),
+        (Items([[IMAGE]]), True),
+        ([IMAGE, IMAGE], True),
+        (TensorDataset(torch.zeros(2, 1, 2, 2)), True),
+        (Subset(TensorDataset(torch.zeros(2, 1, 2, 2)), [1]), True),
+        (ConcatDataset([Items([(IMAGE, 1)]), Items([IMAGE])]), True),
+        (Items([(IMAGE, 1)]), False),
+        (Items([{"image": IMAGE, "label": 1}]), False),
+        (TensorDataset(torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.long)), False),
+        (Items([]), False),
+        (iter([IMAGE]), False),
+        (None, False),
+    ],
+)
+def test_images_alone(dataset, expected):
+    assert is_unlabelled(dataset) is expected
+
+
+@pytest.mark.parametrize("name", ["targets", "labels", "_labels"])
+def test_where_labels_are_stored_no_image_is_loaded_to_look_for_them(name):
+    stored = Stored(name, [1, 0], 2)
+    assert not is_unlabelled(stored)
+    assert not is_unlabelled(Subset(stored, [1]))
+    assert not is_unlabelled(ConcatDataset([stored, stored]))

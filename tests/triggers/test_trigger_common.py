@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lightning_unlearn.triggers import (
     BlendTrigger,
     ComposeTriggers,
+    DisplacingTrigger,
     FunctionTrigger,
     LowFrequencyTrigger,
     Normalization,
@@ -34,6 +35,7 @@ MAKERS = {
     "warp": WarpTrigger,
     "compose": lambda: ComposeTriggers([WarpTrigger(), PatchTrigger(place="center")]),
     "function": lambda: FunctionTrigger(torch.square),
+    "displacing": lambda: DisplacingTrigger(torch.linspace(-0.4, 0.5, 18).view(2, 3, 3)),
 }
 ALL = pytest.mark.parametrize("trigger", [make() for make in MAKERS.values()], ids=MAKERS.keys())
 SEEDED = pytest.mark.parametrize(

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightning_unlearn import repair
+from lightning_unlearn.auditor import Auditor
+from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, MaskPrune, RepairMethod
+from lightning_unlearn.triggers import AdditiveTrigger, PatchTrigger, TriggerPool
+from lightning_unlearn.triggers.inversion import Estimate
+from lightning_unlearn.verdict import Audit
+
+PATTERN = torch.full((1, 4, 4), 0.1)
+
+
+class Recorder(RepairMethod):
+    """Keeps what each round got, and changes what it is told to."""
+
+    needs_trigger = True
+
+    def __init__(self, change=lambda task: None):
+        self.change = change
+        self.tasks = []
+
+    def repair(self, task):
+        self.tasks.append(task)
+        self.change(task)
+        yield task.round("prune", task.validate())
+
+
+def scripted(monkeypatch, *verdicts, size=4):
+    """An auditor whose verdicts are written by hand; the list of its calls."""
+    calls, left = [], list(verdicts)
+
+    def audit(self, forward, images, labels, **options):
+        calls.append({"seed": self.seed, "images": images, **options})
+        estimate = Estimate(AdditiveTrigger(torch.full((1, size, size), 0.1), target=0), "additive", 0, 0.1, 1.0)
+        return Audit(left.pop(0), 0, 2.0, (), (estimate,), 3)
+
+    monkeypatch.setattr(Auditor, "audit", audit)
+    return calls
+
+
+@pytest.fixture
+def task(hand_victim, make_task):
+    return make_task(hand_victim.net, hand_victim.clean, hand_victim.trigger)
+
+
+def test_the_name():
+    assert Alternation().name == "Alternation of MaskPrune"
+    assert Alternation(GradPrune()).name == "Alternation of GradPrune"
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "rounds"), [(["clean"], 1), (["suspicious", "clean"], 2), (["backdoored"] * 9, 4)]
+)
+def test_rounds_go_on_until_the_verdict_is_clean_or_they_are_over(task, monkeypatch, verdicts, rounds):
+    calls, method = scripted(monkeypatch, *verdicts), Recorder()
+    task.seed = 7
+    done = list(Alternation(method, rounds=4).repair(task))
+    assert [number.round for number in done] == list(range(1, rounds + 1))
+    assert task.rounds == rounds
+    assert len(calls) == min(len(verdicts), 3)  # nothing is estimated after the last round
+    assert [call["seed"] for call in calls] == [8, 9, 10][: len(calls)]
+    assert all(call["classes"] == [0] for call in calls)
+
+
+def test_the_pool_grows_and_images_carry_it(task, monkeypatch):
+    scripted(monkeypatch, "backdoored", "backdoored")
+    method = Recorder()
+    list(Alternation(method, rounds=3, strength=1.0).repair(task))
+    pools = [stage.trigger for stage in method.tasks]
+    assert [len(pool.triggers) for pool in pools] == [1, 2, 3]
+    assert all(isinstance(pool, TriggerPool) for pool in pools)
+    for stage in method.tasks:
+        assert torch.equal(stage.scoring.triggered, stage.trigger(stage.scoring.clean))
+        assert torch.equal(stage.validation.triggered, stage.trigger(stage.validation.clean))
+        assert torch.equal(stage.scoring.clean, task.scoring.clean)
+    assert torch.equal(task.scoring.triggered, task.trigger(task.scoring.clean))  # the task itself is as given
+
+
+@pytest.mark.parametrize("strength", [1.0, 2.5])
+def test_strength_scales_additive_estimates_alone(task, strength):
+    method = Recorder()
+    members = [AdditiveTrigger(PATTERN, target=0), PatchTrigger(size=1, target=0)]
+    list(Alternation(method, rounds=1, strength=strength).repair(replace(task, trigger=TriggerPool(members))))
+    added, patch = method.tasks[0].trigger.triggers
+    torch.testing.assert_close(added.pattern, PATTERN * strength)
+    assert patch is members[1]
+    assert torch.equal(members[0].pattern, PATTERN)
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+def test_a_round_over_the_budget_is_taken_back_bit_for_bit(make_net, make_clean, make_task, monkeypatch, bad):
+    scripted(monkeypatch, *["backdoored"] * 5, size=8)
+    net = make_net("vgg")
+    task = make_task(net, make_clean(8), PatchTrigger(size=1, target=0))
+    before = []
+
+    def change(stage):
+        before.append((copy.deepcopy(net.state_dict()), task.mask.pruned))
+        if len(before) < bad:
+            task.mask.prune([task.mask.locate(3)])
+        else:
+            task.mask.prune([task.mask.locate(0), task.mask.locate(7)])
+            with torch.no_grad():  # as a fine-tuning would, its norms' statistics too
+                for tensor in (*net.parameters(), *net.buffers()):
+                    tensor.add_(1)
+
+    accuracy = iter([1.0] * bad + [0.85] * 9)  # before everything, and after each round
+    monkeypatch.setattr(task, "measure", lambda: replace(task.before, acc=next(accuracy)))
+    method = Recorder(change)
+    done = list(Alternation(method, rounds=5, accuracy_drop=0.1).repair(task))
+    assert len(done) == bad
+    weights, pruned = before[bad - 1]
+    after = net.state_dict()
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+    assert task.mask.pruned == pruned
+    assert len(pruned) == bad - 1
+
+
+def test_a_loss_of_just_the_budget_is_allowed(task, monkeypatch):
+    scripted(monkeypatch, *["backdoored"] * 5)
+    accuracy = iter([1.0, 0.9, 0.9, 0.9])
+    monkeypatch.setattr(task, "measure", lambda: replace(task.before, acc=next(accuracy)))
+    assert len(list(Alternation(Recorder(), rounds=3, accuracy_drop=0.1).repair(task))) == 3
+
+
+def test_a_known_trigger_may_be_alternated_too(hand_victim):
+    method = Alternation(GradPrune(max_rounds=1, finetune=False), auditor=Auditor(steps=10), rounds=2)
+    result = repair(hand_victim.net, hand_victim.clean, trigger=hand_victim.trigger, method=method)
+    assert result.status == "repaired"
+    assert ("0", 3) in result.mask.pruned
+
+
+def test_all_to_all_is_refused(hand_victim, left_alone):
+    trigger = PatchTrigger(size=1, target="all_to_all")
+    with left_alone(hand_victim.net), pytest.raises(ValueError, match=r"^trigger: .*one class.*all_to_all"):
+        repair(hand_victim.net, hand_victim.clean, trigger=trigger, method=Alternation(), force=True)
+
+
+def test_something_that_is_no_method():
+    with pytest.raises(TypeError, match=r"^method: expected a lightning_unlearn.methods.RepairMethod, but got str"):
+        Alternation("MaskPrune")
+
+
+def test_a_method_without_triggers():
+    with pytest.raises(ValueError, match=r"^method: FineTuning learns from clean images alone; use it by itself"):
+        Alternation(FineTuning())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("rounds", 0), ("strength", 0.9), ("accuracy_drop", 0), ("accuracy_drop", 1.1)]
+)
+def test_numbers_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected a value in"):
+        Alternation(**{name: value})
+
+
+def test_the_default_method_fine_tunes():
+    assert isinstance(Alternation().method, MaskPrune)

@@ -1,0 +1,169 @@
+"""Repairs of which nobody knows the trigger."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.data import Dataset, TensorDataset
+from torchvision.transforms import v2
+
+from lightning_unlearn import auditor as audits
+from lightning_unlearn import repair
+from lightning_unlearn.auditor import Auditor
+from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, MaskPrune, RepairMethod
+
+FAST = Auditor(steps=25)
+QUICK = GradPrune(max_rounds=1, finetune=False)
+
+
+def state(net):
+    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+
+
+def same(first, second):
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def verdict(monkeypatch):
+    """``verdict(score, target)``: what every audit from now on comes to."""
+
+    def set_to(score, target=0):
+        judged = audits.judged
+
+        def scored(found, individual):
+            return tuple(
+                dataclasses.replace(entry, score=score if entry.target == target else 0.1)
+                for entry in judged(found, individual)
+            )
+
+        monkeypatch.setattr(audits, "judged", scored)
+
+    return set_to
+
+
+class Spy(RepairMethod):
+    def repair(self, task):
+        self.task = task
+        yield task.round("prune", task.validate())
+
+
+def test_a_real_backdoor_is_removed_and_its_trigger_never_given(digits_victim):
+    net = digits_victim.fresh()
+    assert digits_victim.before.asr >= 0.9
+    result = repair(net, digits_victim.holdout)
+    after = digits_victim.measure(net)
+    assert result.status == "repaired"
+    assert result.audit.suspected_target == result.trigger.target == 0
+    assert result.audit.verdict != "clean"
+    assert after.asr <= 0.1
+    assert after.acc >= digits_victim.before.acc - 0.05
+    assert result.method == "Alternation of MaskPrune"
+    assert result.held[1].asr < result.held[0].asr  # of the estimate
+    assert result.seconds["estimate"] > 0
+
+
+def test_a_clean_model_is_left_alone(hand_victim, verdict, left_alone):
+    verdict(0.9)
+    net = hand_victim.net
+    with left_alone(net):
+        result = repair(net, hand_victim.clean, auditor=FAST)
+    assert (result.status, result.audit.verdict, result.audit.suspected_target) == ("clean", "clean", None)
+    assert result.rounds == ()
+    assert result.pruned == {}
+    assert result.before == result.after
+    assert result.held[0] == result.held[1]
+    assert result.audit.estimates
+
+
+def test_a_clean_model_is_repaired_if_forced(hand_victim, verdict):
+    verdict(0.9)
+    spy = Spy()
+    result = repair(hand_victim.net, hand_victim.clean, method=spy, auditor=FAST, force=True)
+    assert len(result.rounds) == 1
+    assert result.audit.verdict == "clean"
+    assert spy.task.trigger.target == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (None, "Alternation of MaskPrune"),
+        (QUICK, "Alternation of GradPrune"),
+        (Alternation(QUICK, rounds=1), "Alternation of GradPrune"),
+        (FineTuning(max_epochs=1), "FineTuning"),  # needs no trigger, so it is used as it is
+    ],
+)
+def test_the_method(hand_victim, verdict, method, name):
+    verdict(2.0)
+    if method is None:
+        method = Alternation(MaskPrune(steps=4, validate_every=2, finetune=False), rounds=1)
+    result = repair(hand_victim.net, hand_victim.clean, method=method, auditor=FAST, force=True)
+    assert result.method == name
+    assert result.audit.suspected_target == 0
+    assert result.rounds
+
+
+def test_after_an_exception_the_model_is_as_before(hand_victim, left_alone):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with left_alone(hand_victim.net), pytest.raises(KeyboardInterrupt):
+        repair(hand_victim.net, hand_victim.clean, auditor=FAST, on_progress=interrupt)
+
+
+def test_time_too_short_leaves_the_model_as_it_was(hand_victim, left_alone):
+    with left_alone(hand_victim.net), pytest.raises(ValueError, match=r"^max_time: .* s were over after 0 of 3"):
+        repair(hand_victim.net, hand_victim.clean, auditor=Auditor(max_time=1e-9))
+
+
+def test_double_precision(hand_victim, verdict):
+    verdict(2.0)
+    method = Alternation(QUICK, rounds=2)
+    result = repair(hand_victim.net.double(), hand_victim.clean, method=method, auditor=FAST, force=True)
+    assert len(result.rounds) == 2
+
+
+# Without labels
+
+
+class Images(Dataset):
+    """Images alone, normalised by a transform."""
+
+    transform = v2.Normalize((0.5,), (0.25,))
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.transform(self.images[index])
+
+
+def test_images_alone_are_enough(hand_victim, verdict):
+    verdict(2.0)
+    images, labels = hand_victim.clean.tensors
+    assert torch.equal(hand_victim.net(images).argmax(1), labels)
+    original = state(hand_victim.net)
+    method, results, states = Alternation(QUICK, rounds=1), [], []
+    for data in (TensorDataset(images), hand_victim.clean):
+        hand_victim.net.load_state_dict(original)
+        results.append(repair(hand_victim.net, data, method=method, auditor=FAST, force=True))
+        states.append(state(hand_victim.net))
+    assert [result.audit.labels for result in results] == ["predicted", "given"]
+    assert results[0].rounds == results[1].rounds
+    assert same(*states)
+
+
+def test_their_normalisation_is_found(hand_victim, verdict):
+    verdict(2.0)
+    spy = Spy()
+    images = hand_victim.clean.tensors[0]
+    undo = torch.nn.Sequential(v2.Normalize((-0.5 / 0.25,), (1 / 0.25,)), hand_victim.net)
+    result = repair(undo, Images(images), method=spy, auditor=FAST, force=True)
+    assert result.trigger.normalization.mean == (0.5,)
+    assert result.scoring.clean.min() == -2

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from lightning_unlearn.triggers import PatchTrigger, TriggerPool
+from lightning_unlearn.triggers.inversion import Estimate
+from lightning_unlearn.verdict import LEADS, LIMITS, Audit, ClassAudit, judged, universality
+
+
+def estimate(family="additive", target=0, cost=0.1, success=1.0):
+    return Estimate(PatchTrigger(size=1, target=target), family, target, cost, success)
+
+
+def estimates(family, *costs, success=1.0):
+    return [estimate(family, target, cost, success) for target, cost in enumerate(costs)]
+
+
+def an_audit(**changes):
+    entry = ClassAudit(
+        target=1, score=1.5, cost={"additive": 0.1}, universality={"additive": 0.69}, success={"additive": 0.9}
+    )
+    other = ClassAudit(
+        target=0, score=0.5, cost={"additive": 0.4}, universality={"additive": 0.23}, success={"additive": 1.0}
+    )
+    given = {
+        "verdict": "backdoored",
+        "suspected_target": 1,
+        "score": 1.5,
+        "classes": (other, entry),
+        "estimates": (estimate(target=1, success=0.9), estimate("covering", target=1, cost=0.2)),
+        "num_classes": 2,
+    }
+    return Audit(**given | changes)
+
+
+CLEAN = {"verdict": "clean", "suspected_target": None, "score": 0.5}
+
+
+def test_universality_is_the_share_that_changes_for_each_cost_of_one_for_all():
+    assert universality(estimate(cost=0.5), 0.125) == 0.25
+    assert universality(estimate(cost=0.5), 0) == 0
+    assert universality(estimate(cost=0.5, success=0.5), 0.125) == 0.25
+    assert universality(estimate(cost=0.5, success=0.49), 0.125) == 0  # what does not work is no trigger
+    assert universality(estimate(cost=0.0), 0.0) == 0  # no division by zero
+
+
+def test_scores_by_hand():
+    found = {
+        "additive": estimates("additive", 0.4, 0.2, 0.4),
+        "covering": estimates("covering", 0.4, 0.4, 0.5),
+        "displacing": estimates("displacing", 0.1, 0.1, 0.1),
+    }
+    alone = {"additive": [0.1, 0.1, 0.1], "covering": [0.2, 0.2, 0.2], "displacing": [0.01, 0.02, 0.06]}
+    first, second, third = judged(found, alone)
+    assert [entry.target for entry in (first, second, third)] == [0, 1, 2]
+    assert second.universality == pytest.approx({"additive": 0.5, "covering": 0.5, "displacing": 0.2})
+    assert second.cost == {"additive": 0.2, "covering": 0.4, "displacing": 0.1}
+    assert second.success == {"additive": 1, "covering": 1, "displacing": 1}
+    assert first.score == pytest.approx(0.5 / LIMITS["covering"])
+    assert second.score == pytest.approx(0.5 / LIMITS["additive"])
+    # The third warp is thrice as universal as the next, which counts for more than its share of the limit.
+    assert third.score == pytest.approx(0.6 / 0.2 / LEADS["displacing"])
+    assert third.score > 0.6 / LIMITS["displacing"]
+
+
+def test_a_lead_counts_for_warps_alone():
+    (first, *_) = judged({"additive": estimates("additive", 0.1, 1.0, 1.0)}, {"additive": [0.04, 0.01, 0.01]})
+    assert first.score == pytest.approx(0.4 / LIMITS["additive"])
+
+
+def test_with_two_classes_there_is_no_lead():
+    (first, second) = judged({"displacing": estimates("displacing", 0.1, 0.1)}, {"displacing": [0.03, 0.001]})
+    assert first.score == pytest.approx(0.3 / LIMITS["displacing"])
+    assert second.score == pytest.approx(0.01 / LIMITS["displacing"])
+
+
+def test_one_class_alone():
+    (only,) = judged({"displacing": estimates("displacing", 0.1)}, {"displacing": [0.03]})
+    assert only.score == pytest.approx(0.3 / LIMITS["displacing"])
+
+
+def test_a_trigger_that_does_not_work_scores_nothing():
+    entries = judged({"additive": estimates("additive", 0.1, 0.1, success=0.3)}, {"additive": [0.09, 0.09]})
+    assert [entry.score for entry in entries] == [0, 0]
+
+
+def test_the_trigger_is_all_estimates_as_one():
+    trigger = an_audit().trigger
+    assert isinstance(trigger, TriggerPool)
+    assert trigger.target == 1
+    assert len(trigger.triggers) == 2
+
+
+@pytest.mark.parametrize("changes", [{}, CLEAN, {"unseen": (3, 5), "complete": False, "labels": "predicted"}])
+def test_to_dict_is_what_json_can_hold(changes):
+    audit = an_audit(**changes)
+    plain = audit.to_dict()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert plain["verdict"] == audit.verdict
+    assert plain["suspected_target"] == audit.suspected_target
+    assert [entry["target"] for entry in plain["classes"]] == [0, 1]
+    assert plain["estimates"][1] == {"family": "covering", "target": 1, "cost": 0.2, "success": 1.0}
+    assert (plain["unseen"], plain["complete"], plain["labels"]) == (list(audit.unseen), audit.complete, audit.labels)
+
+
+def test_summary():
+    assert an_audit().summary() == (
+        "Verdict: backdoored (score 1.50, above 1 is suspicious): one additive change sends 90% of other images to "
+        "class 1."
+    )
+    assert an_audit(verdict="suspicious").summary().startswith("Verdict: suspicious (score 1.50, above 1")
+    assert an_audit(**CLEAN).summary() == (
+        "Verdict: clean (score 0.50, above 1 is suspicious): no class has too universal a trigger."
+    )
+
+
+def test_notes_say_what_must_be_known():
+    assert an_audit().notes() == an_audit().summary()
+    notes = an_audit(unseen=(3, 5), complete=False, labels="predicted").notes()
+    assert notes == (
+        f"{an_audit().summary()} The model's own answers stood in for labels. There was no clean image of class 3, 5. "
+        "Time was over before all was looked at: these are the best estimates so far."
+    )
+
+
+def test_as_markdown():
+    assert str(an_audit()).splitlines() == [
+        "| class | score ↓ | additive | covering | displacing |",
+        "| --- | --- | --- | --- | --- |",
+        "| 0 | 0.50 | 0.23 |  |  |",
+        "| 1 | 1.50 | 0.69 |  |  |",
+        "",
+        an_audit().notes(),
+    ]
+
+
+def test_in_the_terminal_the_most_suspicious_come_first():
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(an_audit())
+    lines = [line.split() for line in capture.get().splitlines()]
+    rows = [line[1] for line in lines if len(line) > 3 and line[1] in ("0", "1")]
+    assert rows == ["1", "0"]
+    assert "backdoored" in capture.get()
+
+
+def test_the_terminal_shows_twenty_classes_at_most():
+    entry = an_audit().classes[0]
+    many = an_audit(classes=tuple(ClassAudit(c, c / 100, *list(vars(entry).values())[2:]) for c in range(60)))
+    assert many.__rich__().row_count == 20
+    assert len(str(many).splitlines()) == 64
+
+
+def test_estimates_hold_tensors_and_are_not_compared_by_them():
+    assert an_audit() != an_audit()
+    assert torch.is_tensor(an_audit().trigger(torch.zeros(1, 1, 2, 2)))
