@@ -144,11 +144,11 @@ def test_log_report(tmp_path):
     log_report(trainer, report)
     ((values, step),) = logger.told
     assert step == 0
-    assert {name: value for name, value in values.items() if value == value} == {
+    assert values == {  # what is not known is left out
         "unlearn/acc_before": 0.9, "unlearn/asr_before": 1.0, "unlearn/ra_before": 0.0, "unlearn/acc_after": 0.8,
         "unlearn/ra_after": 0.7, "unlearn/der": 0.95, "unlearn/rir": 0.8, "unlearn/filters_pruned": 1.0,
     }  # fmt: skip
-    assert trainer.callback_metrics["unlearn/asr_after"].isnan()
+    assert "unlearn/asr_after" not in trainer.callback_metrics
     assert trainer.callback_metrics["unlearn/acc_after"].item() == pytest.approx(0.8)
 
 

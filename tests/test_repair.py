@@ -11,10 +11,11 @@ from torchvision.transforms import v2
 
 from lightning_unlearn.data import split_holdout
 from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.draw import Split
 from lightning_unlearn.evaluation import evaluate
 from lightning_unlearn.methods import FineTuning, GradPrune, MaskPrune, RepairMethod
 from lightning_unlearn.metrics.functional import attack_success_rate
-from lightning_unlearn.repair import RepairResult, Split, repair, repair_split
+from lightning_unlearn.repair import RepairResult, repair, repair_split
 from lightning_unlearn.triggers import FunctionTrigger, PatchTrigger
 
 NETS = ("preact", "vgg", "grouped", "plain", "group_norm")
@@ -208,7 +209,7 @@ def test_result(hand_victim):
     assert result.mask.total == 4
     assert result.rounds[0].pruned == (("0", 3),)
     assert [done.round for done in result.rounds] == list(range(1, len(result.rounds) + 1))
-    assert list(result.seconds) == ["score", "evaluate", "finetune", "total"]
+    assert list(result.seconds) == ["estimate", "score", "evaluate", "finetune", "total"]
     assert result.seconds["finetune"] == 0
     assert 0 < result.seconds["score"] + result.seconds["evaluate"] <= result.seconds["total"]
     weights = hand_victim.net[0].weight

@@ -12,8 +12,9 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.data import IterableDataset, TensorDataset
 from torchvision.transforms import v2
 
+from lightning_unlearn.draw import Split
 from lightning_unlearn.methods import FineTuning, GradPrune, MaskPrune
-from lightning_unlearn.repair import Split, repair, repair_split
+from lightning_unlearn.repair import repair, repair_split
 from lightning_unlearn.triggers import FunctionTrigger, PatchTrigger, Trigger
 
 METHODS = [
@@ -280,16 +281,6 @@ def test_images_that_the_model_does_not_take(refused, make_clean):
 
 
 # The trigger
-
-
-@pytest.mark.parametrize("given", [{}, {"trigger": None}])
-def test_no_trigger(make_net, make_clean, left_alone, given):
-    net = make_net("vgg")
-    with (
-        left_alone(net),
-        pytest.raises(ValueError, match=r"^trigger: none is given, .* is not built yet; pass the trigger"),
-    ):
-        repair(net, make_clean(20), **given)
 
 
 @pytest.mark.parametrize("given", ["patch", lambda x: x, PatchTrigger])

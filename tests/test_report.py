@@ -24,11 +24,13 @@ from lightning_unlearn.triggers import BlendTrigger, PatchTrigger
 
 BEFORE = Evaluation(acc=0.9, asr=1.0, ra=0.0, loss=0.3, unlearning_loss=5.0)
 AFTER = Evaluation(acc=0.8, asr=0.1, ra=0.7, loss=0.4, unlearning_loss=0.5)
+HELD_BEFORE = dataclasses.replace(BEFORE, asr=0.95)
+HELD_AFTER = dataclasses.replace(AFTER, asr=0.15)
 ROUNDS = (
     Round(1, "prune", (("0", 2), ("2", 0)), 0.8, 0.1, 0.7, 0.4, 0.5),
     Round(2, "finetune", (), 0.8, 0.2, 0.6, 0.5, math.inf),
 )
-SECONDS = {"score": 0.5, "evaluate": 0.25, "finetune": 0.0, "total": 1.26}
+SECONDS = {"estimate": 0.0, "score": 0.5, "evaluate": 0.25, "finetune": 0.0, "total": 1.26}
 
 
 @pytest.fixture
@@ -36,7 +38,18 @@ def result():
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(32, 4)).eval()
     mask = FilterMask(find_filters(net, torch.rand(1, 1, 8, 8)))
     mask.prune([("2", 0), ("0", 2), ("0", 1)])
-    return RepairResult("GradPrune", "repaired", BEFORE, AFTER, ROUNDS, mask, scoring=None, seconds=SECONDS)
+    return RepairResult(
+        method="GradPrune",
+        status="repaired",
+        before=BEFORE,
+        after=AFTER,
+        rounds=ROUNDS,
+        mask=mask,
+        scoring=None,
+        held=(HELD_BEFORE, HELD_AFTER),
+        trigger=PatchTrigger(target=3),
+        seconds=SECONDS,
+    )
 
 
 @pytest.fixture
@@ -81,13 +94,18 @@ def test_the_schema(report):
                 "val_unlearning_loss": None,
             },
         ],
-        "seconds": {"score": 0.5, "evaluate": 0.25, "finetune": 0.0, "total": 1.26},
+        "seconds": {"estimate": 0.0, "score": 0.5, "evaluate": 0.25, "finetune": 0.0, "total": 1.26},
         "checkpoint": os.path.join("some", "m.ckpt"),
         "versions": {
             "lightning_unlearn": lightning_unlearn.__version__,
             "torch": version("torch"),
             "lightning": version("lightning"),
         },
+        "verdict": None,
+        "suspected_target": None,
+        "estimated_trigger": None,
+        "estimated_asr": None,
+        "labels": "given",
     }
     assert next(iter(report.to_dict())) == "schema_version"
 
@@ -113,7 +131,7 @@ def test_numbers_that_json_has_no_word_for_are_null(result, tmp_path):
     assert read["before"] == read["after"] == {"acc": 1.0, "asr": None, "ra": None}
     assert (read["der"], read["rir"]) == (None, None)
     assert read["rounds"][1]["val_unlearning_loss"] is None
-    assert "nan" in str(report)
+    assert "| ASR ↓ | unknown | unknown |" in str(report)
 
 
 def test_test_data_counts_if_there_is_any(result):
@@ -248,4 +266,4 @@ def test_of_a_real_repair(hand_victim, tmp_path):
     assert (read["der"], read["rir"]) == (1.0, 1.0)
     assert read["filters"] == {"total": 4, "pruned": 1, "by_layer": {"0": [3]}}
     assert read["rounds"][0]["pruned"] == [["0", 3]]
-    assert list(read["seconds"]) == ["score", "evaluate", "finetune", "total"]
+    assert list(read["seconds"]) == ["estimate", "score", "evaluate", "finetune", "total"]
