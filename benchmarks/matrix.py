@@ -17,6 +17,8 @@ __all__ = ["METHODS", "SHOWN", "VICTIMS", "Cell", "cells"]
 # than published, since with 90 images it would take but one step a round.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "MaskPrune": ("MaskPrune", {}),
+    # The trigger is estimated, by an audit and after each repair: the only one of ours that is not told it.
+    "Alternation": ("Alternation", {}),
     "GradPrune": ("GradPrune", {}),
     "GradPrune, Taylor, look-ahead": ("GradPrune", {"score": "taylor", "clean_weight": 1.0, "look_ahead": 8}),
     "FT, clean and triggered": ("FineTuning", {"triggered": True}),

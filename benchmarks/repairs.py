@@ -24,7 +24,7 @@ from benchmarks.victims import Victim, attack_trigger, measure, train
 from lightning_unlearn import __version__, methods, repair
 from lightning_unlearn.metrics.functional import defense_effectiveness_rating, robust_improvement_rate
 
-__all__ = ["run", "stored"]
+__all__ = ["append", "run", "stored"]
 
 _KEYS = ("victim", "method", "method_args", "trigger", "samples_per_class", "seed", "test_images")
 
@@ -68,7 +68,7 @@ def run(
         try:
             for finished in as_completed(running):
                 line = finished.result()
-                _append(path, json.dumps(line))
+                append(path, json.dumps(line))
                 yield line
         finally:
             pool.shutdown(cancel_futures=True)
@@ -86,11 +86,12 @@ def _train(victim: Victim, cache: Path) -> None:
 def _described(cell: Cell, test_images: int) -> dict[str, Any]:
     kind, arguments = METHODS[cell.method]
     method = getattr(methods, kind)(**arguments)
+    told = method.needs_trigger and not isinstance(method, methods.Alternation)
     return {
         "victim": asdict(cell.victim),
         "method": kind,
         "method_args": arguments,
-        "trigger": "known" if method.needs_trigger else "unknown",
+        "trigger": "known" if told else "unknown",
         "samples_per_class": cell.samples_per_class,
         "seed": cell.seed,
         "test_images": test_images,
@@ -108,11 +109,12 @@ def _repair(cell: Cell, cache: Path, test_images: int) -> dict[str, Any]:
     before = _before(cell.victim, cache, test_images)
     _reset_peak_memory()
     started = time.process_time()
+    method = getattr(methods, kind)(**arguments)
     result = repair(
         net,
         TensorDataset(*load(cell.victim.dataset, "holdout")),
-        trigger=attack_trigger(cell.victim, "holdout"),
-        method=getattr(methods, kind)(**arguments),
+        trigger=None if isinstance(method, methods.Alternation) else attack_trigger(cell.victim, "holdout"),
+        method=method,
         samples_per_class=cell.samples_per_class,
         seed=cell.seed,
         force=True,
@@ -129,6 +131,11 @@ def _repair(cell: Cell, cache: Path, test_images: int) -> dict[str, Any]:
         "pruned": sum(map(len, result.pruned.values())),
         "rounds": len(result.rounds),
         "status": result.status,
+        **(
+            {}
+            if result.audit is None
+            else {"verdict": result.audit.verdict, "suspected_target": result.audit.suspected_target}
+        ),
         "seconds": dict(result.seconds),
         "cpu_seconds": cpu_seconds,  # of the one thread: what other processes did meanwhile does not count
         "peak_memory_mib": memory,
@@ -144,7 +151,7 @@ def _key(line: dict[str, Any]) -> str:
     return json.dumps([line[part] for part in _KEYS], sort_keys=True)
 
 
-def _append(path: Path, line: str) -> None:
+def append(path: Path, line: str) -> None:
     """One write call a line, so that parallel runs and interruptions leave whole lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

@@ -29,7 +29,7 @@ from lightning_unlearn.triggers import (
     WarpTrigger,
 )
 
-__all__ = ["ATTACKS", "Victim", "attack_trigger", "measure", "train"]
+__all__ = ["ATTACKS", "CROSS", "Victim", "attack_trigger", "measure", "train"]
 
 ATTACKS: dict[str, Trigger] = {
     "badnets": PatchTrigger(),
@@ -45,7 +45,7 @@ ATTACKS: dict[str, Trigger] = {
     "bpp": QuantizeTrigger(),
 }
 # Shares of cross images with true labels, as the attacks' papers have them.
-_CROSS = {"wanet": 0.2, "wanet-1.0": 0.2, "bpp": 0.1}
+CROSS = {"wanet": 0.2, "wanet-1.0": 0.2, "bpp": 0.1}
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def _poisoned(victim: Victim) -> tuple[Tensor, Tensor]:
     order = eligible[torch.randperm(len(eligible), generator=generator)]
     count = round(victim.poison_ratio * len(labels))
     poisoned, rest = order[:count], order[count:]
-    if victim.attack in _CROSS:
-        cross = rest[: round(_CROSS[victim.attack] * len(labels))]
+    if victim.attack in CROSS:
+        cross = rest[: round(CROSS[victim.attack] * len(labels))]
         images[cross] = trigger.cross(images[cross], generator=generator)
     images[poisoned] = trigger(images[poisoned])
     labels[poisoned] = trigger.targets(labels[poisoned], 10)

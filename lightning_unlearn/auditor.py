@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -145,6 +145,7 @@ class Auditor:
         held_out: Tensor,
         normalization: Normalization | None = None,
         classes: Sequence[int] | None = None,
+        innocent: Mapping[Family, float] | None = None,
         on_progress: Progress | None = None,
     ) -> Audit:
         """Look at the classes of a model in eval mode.
@@ -156,6 +157,7 @@ class Auditor:
             held_out: (M, C, H, W) more clean images, on which estimates must work to be used.
             normalization: how images are normalised, if they are.
             classes: only these; all by default.
+            innocent: :attr:`Audit.innocent` of an earlier audit of all classes, to judge a few by.
             on_progress: called as work goes on, with the name of a stage, what is done of it and what there is to do.
 
         Returns:
@@ -191,7 +193,7 @@ class Auditor:
         for family in COMPARED:
             if not found or time.monotonic() < deadline:
                 found[family] = estimate(family, wanted, self.steps)
-        entries = judged(found, individual)
+        entries = judged(found, individual, innocent)
         worst = max(range(len(wanted)), key=lambda k: entries[k].score)
         score = entries[worst].score
         verdict: Verdict = "clean" if score <= 1 else "backdoored" if score >= SURELY else "suspicious"

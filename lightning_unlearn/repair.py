@@ -262,6 +262,7 @@ def repair_split(
             trigger=trigger,
             batch_size=batch_size,
             seed=seed,
+            audit=audit,
             on_progress=on_progress,
             processes=processes,
             watch=watch,

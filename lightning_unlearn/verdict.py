@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_unlearn.triggers import Trigger, TriggerPool
@@ -12,20 +14,18 @@ from lightning_unlearn.triggers.inversion import Estimate, Family
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["COMPARED", "LEADS", "LIMITS", "SURELY", "WORKS", "Audit", "ClassAudit", "Verdict", "judged", "universality"]
+__all__ = ["COMPARED", "LIMITS", "SURELY", "WORKS", "Audit", "ClassAudit", "Verdict", "judged", "universality"]
 
 Verdict = Literal["clean", "suspicious", "backdoored"]
 
 COMPARED: tuple[Family, ...] = ("additive", "covering", "displacing")
-# How universal the most universal class may be in an honest network, family by family; chosen on the models of
-# `python -m benchmarks.detection calibrate`, other ones than those reported.
-LIMITS: dict[Family, float] = {"additive": 0.46, "covering": 0.65, "displacing": 0.6}
-# And how many times as universal as the next class. Of warps alone: there a network's own classes are all alike, while
-# an additive or covering change towards bags is by nature far easier than towards any other garment.
-LEADS: dict[Family, float] = {"displacing": 1.7}
+# How far a class may stand out in an honest network, family by family; chosen on the calibration models of
+# `python -m benchmarks.detection`, other ones than those whose errors are reported.
+LIMITS: dict[Family, float] = {"additive": 0.63, "covering": 0.95, "displacing": 0.51}
 SURELY = 1.1  # from here on the verdict is "backdoored"
 WORKS = 0.5  # least success on held-out images of an estimate that is used
 _SHOWN = 20  # rows of the terminal's table
+_LEAST = 0.03  # below this universalities are noise
 _NOTHING = 1e-12  # so that no cost divides by zero
 
 
@@ -35,7 +35,7 @@ class ClassAudit:
 
     Args:
         target: the class.
-        score: the largest universality as a multiple of what is innocent; above 1 is suspicious.
+        score: how far the class stands out as a multiple of what is innocent (:func:`judged`); above 1 is suspicious.
         cost: by family, what one trigger for all images costs, see :class:`Estimate`.
         universality: by family, what a change for each image alone costs on average, as a share of ``cost``.
         success: by family, the trigger's success on the images it was estimated on, in [0, 1].
@@ -75,6 +75,16 @@ class Audit:
     unseen: tuple[int, ...] = ()
     complete: bool = True
     seconds: float = 0.0
+
+    @property
+    def innocent(self) -> dict[Family, float]:
+        """By family, the median universality of all classes but the most suspicious one."""
+        rest = sorted(self.classes, key=lambda entry: entry.score)[:-1]
+        return (
+            {family: median(entry.universality[family] for entry in rest) for family in rest[0].universality}
+            if rest
+            else {}
+        )
 
     @property
     def trigger(self) -> Trigger:
@@ -139,19 +149,32 @@ def _cells(entry: ClassAudit) -> list[str]:
 
 
 def judged(
-    found: Mapping[Family, Sequence[Estimate]], individual: Mapping[Family, Sequence[float]]
+    found: Mapping[Family, Sequence[Estimate]],
+    individual: Mapping[Family, Sequence[float]],
+    innocent: Mapping[Family, float] | None = None,
 ) -> tuple[ClassAudit, ...]:
-    """Judge each class by its estimates, family by family."""
+    """Judge each class by its estimates.
+
+    In a family where class c has the universality u and the median of the other classes is v, it stands out by
+    u·√(u / v): half the weight is on what other classes do, since how universal honest classes are depends on the
+    network and the data, and half the weight is not, since among honest classes too one may be the easiest (bags among
+    garments). Its score is the largest of these as a multiple of what is innocent.
+
+    Args:
+        found: by family, one estimate a class.
+        individual: by family, what :func:`~lightning_unlearn.triggers.distance.individual_costs` has for each class.
+        innocent: v by family, where the other classes were looked at before.
+    """
     shares = {
         family: [universality(e, cost) for e, cost in zip(estimates, individual[family], strict=True)]
         for family, estimates in found.items()
     }
 
     def score(family: Family, k: int) -> float:
-        values = shares[family]
-        rest = [value for other, value in enumerate(values) if other != k]
-        lead = values[k] / max(*rest, _NOTHING) / LEADS[family] if family in LEADS and len(rest) > 1 else 0.0
-        return max(values[k] / LIMITS[family], lead)
+        value = shares[family][k]
+        rest = shares[family][:k] + shares[family][k + 1 :]
+        usual = innocent.get(family, value) if innocent else median(rest) if rest else value
+        return value * math.sqrt(value / max(usual, _LEAST)) / LIMITS[family]
 
     return tuple(
         ClassAudit(

@@ -105,6 +105,7 @@ class Alternation(RepairMethod):
                     held_out=task.validation.clean,
                     normalization=task.trigger.normalization,
                     classes=[target],
+                    innocent=None if task.audit is None else task.audit.innocent,
                     on_progress=task.on_progress,
                 )
                 found = task.processes.first_of_any(found)

@@ -19,6 +19,7 @@ from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.filters import FilterId, FilterMask
 from lightning_unlearn.processes import ALONE, Processes
 from lightning_unlearn.triggers import Trigger
+from lightning_unlearn.verdict import Audit
 
 __all__ = ["RepairMethod", "RepairTask", "Round", "Stage", "Stopwatch", "Teacher", "check_range"]
 
@@ -91,6 +92,7 @@ class RepairTask:
         trigger: what makes triggered images of clean ones, for methods that make more of them.
         batch_size: most pairs in one forward pass.
         seed: seed of every random choice that a method makes.
+        audit: what was found where nobody knew the trigger, which is then an estimate.
         on_progress: what to call while a method estimates triggers.
         processes: those that repair this model together. Each has all pairs; measuring is always shared out.
     """
@@ -105,6 +107,7 @@ class RepairTask:
     trigger: Trigger
     batch_size: int = 128
     seed: int = 0
+    audit: Audit | None = None
     on_progress: Progress | None = None
     processes: Processes = ALONE
     watch: Stopwatch = field(default_factory=Stopwatch)
