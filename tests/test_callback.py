@@ -474,11 +474,6 @@ def test_garbage_as_test_data_changes_nothing_but_its_rates(fit, hand_victim, pa
 # Arguments
 
 
-def test_no_trigger(parts):
-    with pytest.raises(ValueError, match=r"trigger: none is given, and estimating .* not built yet; .*PatchTrigger"):
-        BackdoorUnlearning(parts[1])
-
-
 def test_a_function_is_no_trigger(parts):
     with pytest.raises(TypeError, match=r"trigger: expected a .*Trigger, but got function; .*FunctionTrigger"):
         BackdoorUnlearning(parts[1], lambda images: images)

@@ -82,7 +82,11 @@ class Alternation(RepairMethod):
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Repair and estimate in turn."""
         target, floor = task.trigger.target, task.measure().acc - self.accuracy_drop - 1e-6
-        assert isinstance(target, int)  # estimates are of one class
+        if not isinstance(target, int):
+            raise ValueError(
+                f"trigger: {self.name} estimates triggers of one target class, but this one's target is {target!r}; use "
+                f"{self.method.name} by itself."
+            )
         pool = _members(task.trigger)
         for number in range(1, self.rounds + 1):
             steps, weights = task.mask.steps, [tensor.detach().clone() for tensor in _tensors(task)]
