@@ -115,7 +115,9 @@ def test_all_to_all_is_no_business_of_an_alternation(setting):
 def held_out(setting: Setting) -> HoldoutDataModule:
     """Twelve images for the defender, eighteen to test on."""
     clean = setting.victim.clean
-    return HoldoutDataModule(Subset(clean, range(30, 42)), samples_per_class=4, test_dataset=Subset(clean, range(42, 60)))
+    return HoldoutDataModule(
+        Subset(clean, range(30, 42)), samples_per_class=4, test_dataset=Subset(clean, range(42, 60))
+    )
 
 
 @pytest.mark.parametrize("measured_on", ["test", "validation"])
@@ -292,7 +294,11 @@ def test_an_evaluation_trigger_that_does_not_fit_costs_no_training(setting, trig
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda x: (x - 0.5) / 0.25, ValueError, r"images: expected pixels in \[0, 1\], but they go from -2 to .* told"),
+        (
+            lambda x: (x - 0.5) / 0.25,
+            ValueError,
+            r"images: expected pixels in \[0, 1\], but they go from -2 to .* told",
+        ),
         (lambda x: x * 255, ValueError, r"images: expected pixels in \[0, 1\], .* divide by 255 if they hold 0 to 255"),
         (lambda x: (x * 255).to(torch.uint8), TypeError, r"images: expected floating-point images, .* torch.uint8"),
     ],

@@ -225,7 +225,9 @@ def test_names_pick_what_is_configured():
 def test_unknown_trigger(victim, trigger):
     """All methods must be compared by the same trigger, and an estimate is no measure of the real one."""
     write("repair.yaml", trigger=trigger)
-    with pytest.raises(ValueError, match=r"trigger: `compare` needs a trigger .*`lightning-unlearn audit` .* `.* repair`"):
+    with pytest.raises(
+        ValueError, match=r"trigger: `compare` needs a trigger .*`lightning-unlearn audit` .* `.* repair`"
+    ):
         compare()
     assert not Path("out").exists()
 

@@ -173,7 +173,7 @@ def test_stages_are_closed_after_an_exception(monkeypatch):
 def test_stages_of_a_fit_have_their_bars(setting, capsys):
     """Through the callback: the bars of the audit, then the rounds'."""
     callback = setting.callback(trigger=None, auditor=Auditor(steps=10), samples_per_class=4)
-    setting.trainer(callback, enable_progress_bar=True).fit(setting.model(), setting.loader())
+    setting.trainer(TQDMProgressBar(), callback, enable_progress_bar=True).fit(setting.model(), setting.loader())
     shown = plain("".join(capsys.readouterr()))
     assert all(f"Estimating · {family}" in shown for family in ("additive", "covering", "displacing"))
     assert shown.index("Estimating · additive") < shown.index("Unlearning · prune")

@@ -84,8 +84,8 @@ class Alternation(RepairMethod):
         target, floor = task.trigger.target, task.measure().acc - self.accuracy_drop - 1e-6
         if not isinstance(target, int):
             raise ValueError(
-                f"trigger: {self.name} estimates triggers of one target class, but this one's target is {target!r}; use "
-                f"{self.method.name} by itself."
+                f"trigger: {self.name} estimates triggers of one target class, but this one's target is {target!r}; "
+                f"use {self.method.name} by itself."
             )
         pool = _members(task.trigger)
         for number in range(1, self.rounds + 1):
