@@ -145,9 +145,7 @@ class BackdoorUnlearning(Callback):
                 f"method: expected a lightning_unlearn.methods.RepairMethod, but got {type(method).__name__}."
             )
         if auditor is not None and not isinstance(auditor, Auditor):
-            raise TypeError(
-                f"auditor: expected a lightning_unlearn.auditor.Auditor, but got {type(auditor).__name__}."
-            )
+            raise TypeError(f"auditor: expected a lightning_unlearn.auditor.Auditor, but got {type(auditor).__name__}.")
         if not isinstance(clean_data, (LightningDataModule, Dataset, DataLoader)):
             raise TypeError(
                 "clean_data: expected a LightningDataModule of lightning.pytorch (not of pytorch_lightning), a Dataset "
