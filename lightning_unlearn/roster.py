@@ -21,7 +21,9 @@ SHORTENED: dict[str, dict[str, Any]] = {
 
 
 def method_names() -> list[str]:
-    """Names of all repair methods in :mod:`lightning_unlearn.methods`, sorted.
+    """Names of all repair methods in :mod:`lightning_unlearn.methods` that can be compared, sorted.
+
+    :class:`Alternation` is left out: it makes its own triggers, and a comparison is by one that is given.
 
     Example:
         >>> from lightning_unlearn.roster import method_names
@@ -32,7 +34,10 @@ def method_names() -> list[str]:
     return sorted(
         name
         for name, kind in found.items()
-        if isinstance(kind, type) and issubclass(kind, RepairMethod) and not inspect.isabstract(kind)
+        if isinstance(kind, type)
+        and issubclass(kind, RepairMethod)
+        and not inspect.isabstract(kind)
+        and name != "Alternation"
     )
 
 

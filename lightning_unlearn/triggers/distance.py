@@ -14,10 +14,16 @@ __all__ = ["individual_costs"]
 
 _NODES = 5  # of the displacement field each way, as the inversion has them
 _SMALLEST = 1e-9
+_FAMILIES: tuple[Family, ...] = ("additive", "covering", "displacing")
 
 
 def individual_costs(
-    forward: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor, *, classes: Sequence[int]
+    forward: Callable[[Tensor], Tensor],
+    pixels: Tensor,
+    labels: Tensor,
+    *,
+    classes: Sequence[int],
+    batch_size: int = 128,
 ) -> dict[Family, list[float]]:
     """Estimate what it would cost to send each image to a class by a change of its own, to first order.
 
@@ -32,6 +38,7 @@ def individual_costs(
         pixels: (N, C, H, W) clean images, float pixels in [0, 1], on the model's device.
         labels: (N,) their classes.
         classes: the classes to send images to.
+        batch_size: most images in one forward pass.
 
     Returns:
         The mean over all images of other classes, class by class, in the units of :class:`Estimate`'s ``cost``. An
@@ -44,22 +51,34 @@ def individual_costs(
         >>> round(costs["additive"][0], 3)  # half a unit brighter everywhere
         0.5
     """
+    totals = {family: [0.0] * len(classes) for family in _FAMILIES}
+    for part, own in zip(pixels.detach().split(batch_size), labels.split(batch_size), strict=True):  # type: ignore[no-untyped-call]  # torch's is untyped
+        for family, sums in _sums(forward, part, own, classes).items():
+            totals[family] = [total + value for total, value in zip(totals[family], sums.tolist(), strict=True)]
+    others = [max(1, int((labels != c).sum())) for c in classes]
+    return {f: [total / n for total, n in zip(sums, others, strict=True)] for f, sums in totals.items()}
+
+
+def _sums(
+    forward: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor, classes: Sequence[int]
+) -> dict[Family, Tensor]:
+    """Costs of one batch, added up over the images of other classes."""
     fields = pixels.new_zeros(len(pixels), 2, _NODES, _NODES).requires_grad_()
-    pixels = pixels.detach().clone().requires_grad_()
+    pixels = pixels.clone().requires_grad_()
     logits = forward(displace(pixels[:, None], fields)[:, 0])
     own = logits.gather(1, labels[:, None]).squeeze(1)
-    costs: dict[Family, list[Tensor]] = {"additive": [], "covering": [], "displacing": []}
+    sums: dict[Family, list[Tensor]] = {family: [] for family in _FAMILIES}
     for number, c in enumerate(classes):
         margins = own - logits[:, c]
         by_pixel, by_node = torch.autograd.grad(margins.sum(), [pixels, fields], retain_graph=number + 1 < len(classes))
-        others = labels != c
-        margins, by_pixel, by_node = margins.detach().clamp_min(0)[others], by_pixel[others], by_node[others]
-        costs["additive"].append((margins / _length(by_pixel)).mean())
-        costs["displacing"].append((margins / _length(by_node)).mean() / 2)  # the image is 2 wide
-        gains = torch.maximum(by_pixel * (pixels[others].detach() - 1), by_pixel * pixels[others].detach()).sum(1)
+        margins, others = margins.detach().clamp_min(0), labels != c
+        gains = torch.maximum(by_pixel * (pixels.detach() - 1), by_pixel * pixels.detach()).sum(1)
         reached = gains.flatten(1).sort(dim=1, descending=True).values.cumsum(1)
-        costs["covering"].append((reached < margins[:, None]).float().mean())
-    return {family: torch.stack(values).tolist() for family, values in costs.items()}
+        covered = (reached < margins[:, None]).float().mean(1)
+        sums["additive"].append((margins / _length(by_pixel))[others].sum())
+        sums["covering"].append(covered[others].sum())
+        sums["displacing"].append((margins / _length(by_node))[others].sum() / 2)  # the image is 2 wide
+    return {family: torch.stack(values) for family, values in sums.items()}
 
 
 def _length(gradients: Tensor) -> Tensor:
