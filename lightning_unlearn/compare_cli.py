@@ -128,21 +128,16 @@ def choose_methods(
     chosen: list[RepairMethod] = []
     own = [*(listed or ()), configured]
     if names is None:
-        names = [*method_names(), type(configured).__name__]
+        names = list(dict.fromkeys([*method_names(), configured.name]))
     for name in dict.fromkeys(names):
-        of_name = [method for method in listed or () if _is_called(method, name)]
-        if not of_name and _is_called(configured, name):
+        of_name = [method for method in listed or () if method.name == name]
+        if not of_name and configured.name == name:
             of_name = [configured]
         if not of_name and name not in method_names():
             known = sorted({*method_names(), *(method.name for method in own)})
             raise ValueError(f"methods: there is no method {name!r}; expected some of {', '.join(known)}.")
         chosen += of_name or default_methods([name])
     return chosen
-
-
-def _is_called(method: RepairMethod, name: str) -> bool:
-    """Whether a name is a method's own or its class's: those of a method within another tell of both."""
-    return name in (method.name, type(method).__name__)
 
 
 def _names(args: Sequence[str]) -> tuple[list[str] | None, list[str]]:

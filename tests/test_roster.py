@@ -21,7 +21,9 @@ def test_every_public_method_is_known():
         for name in methods.__all__
         if isinstance(getattr(methods, name), type) and RepairMethod in getattr(methods, name).__mro__[1:]
     }
-    assert set(method_names()) == expected
+    assert set(method_names()) == expected - {
+        "Alternation"
+    }  # makes its own triggers, so there is nothing to compare by
     assert {"FineTuning", "GradPrune", "MaskPrune"} <= expected
     assert "RepairMethod" not in expected
     assert method_names() == sorted(expected)
@@ -29,10 +31,9 @@ def test_every_public_method_is_known():
 
 def test_every_public_method_has_defaults_and_a_plain_label():
     given = default_methods()
-    assert [type(method).__name__ for method in given] == method_names()
+    assert [method.name for method in given] == method_names()
     labels = dict(zip(method_names(), method_labels(given), strict=True))
     assert labels.pop("AdversarialNeuronPruning") == "AdversarialNeuronPruning(steps=100, learning_rate=0.2)"
-    assert labels.pop("Alternation") == "Alternation of MaskPrune"
     assert labels.pop("InvertedMaskSelection") == "InvertedMaskSelection(initial_steps=50, joint_steps=100)"
     assert labels.pop("SharedAdversarialUnlearning") == "SharedAdversarialUnlearning(max_epochs=40)"
     assert all(name == label for name, label in labels.items())
