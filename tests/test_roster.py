@@ -23,7 +23,7 @@ def test_every_public_method_is_known():
     }
     assert set(method_names()) == expected - {
         "Alternation"
-    }  # makes its own triggers, so there is nothing to compare by
+    }  # makes its own triggers
     assert {"FineTuning", "GradPrune", "MaskPrune"} <= expected
     assert "RepairMethod" not in expected
     assert method_names() == sorted(expected)
