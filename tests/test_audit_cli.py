@@ -38,8 +38,8 @@ class HandNet(L.LightningModule):
 class HandImages(Dataset[tuple[Tensor, int]]):
     """Images of class c are bright in row c."""
 
-    def __init__(self, channels: int = 1) -> None:
-        self.targets = torch.arange(30) % 3
+    def __init__(self, channels: int = 1, classes: int = 3) -> None:
+        self.targets = torch.arange(30) % classes
         self.images = torch.zeros(30, channels, 4, 4)
         bright = 0.8 + 0.2 * torch.rand(30, 1, 4, generator=torch.Generator().manual_seed(0))
         for image, label, row in zip(self.images, self.targets, bright, strict=True):
@@ -123,6 +123,16 @@ def test_a_trigger_in_the_configuration_is_not_looked_at(folder):
 def test_exit_codes(folder, monkeypatch):
     assert code(monkeypatch) == 3
     assert code(monkeypatch, ckpt="clean.ckpt") == 0
+
+
+def test_a_class_without_clean_images_is_looked_at_with_the_others(folder, capsys):
+    write("audit.yaml", clean_data={"class_path": f"{__name__}.HandImages", "init_args": {"classes": 2}})
+    found = audit("--json", ckpt="clean.ckpt")
+    assert found.unseen == (2,)
+    assert [entry.target for entry in found.classes] == [0, 1, 2]
+    assert json.loads(capsys.readouterr().out)["unseen"] == [2]
+    audit(ckpt="clean.ckpt")
+    assert "There was no clean image of class 2." in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
