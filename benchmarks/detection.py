@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
 import torch
@@ -125,11 +126,7 @@ def suspects(part: Part) -> Iterator[Suspect]:
     for draw in range(5):
         for number, attack in enumerate(_ATTACKS[:4]):
             yield Suspect("digits", attack, (2 * number + draw) % 10, 0.1, seed=700 + draw)
-            yield (
-                Suspect("digits", seed=800 + 4 * draw + number)
-                if draw < 4
-                else Suspect("fashion_mnist", seed=800 + number)
-            )
+            yield Suspect("digits" if draw < 4 else "fashion_mnist", seed=800 + (4 * draw if draw < 4 else 0) + number)
     for draw in range(2):
         yield Suspect("digits", "wanet-strong", 3 + draw, 0.1, seed=700 + draw)
         for number, attack in enumerate(_ATTACKS):
@@ -167,35 +164,66 @@ def examine(suspect: Suspect, part: Part) -> dict[str, Any]:
     }
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """Rates of error of each part, and every model that was judged wrongly."""
+def counted(lines: list[dict[str, Any]], part: Part) -> list[dict[str, Any]]:
+    """The lines of a part, without victims that never learned their backdoor, which are neither."""
+    return [x for x in lines if x["part"] == part and (not _is_bad(x) or x["before"]["asr"] >= MIN_ASR)]
+
+
+def _is_bad(line: dict[str, Any]) -> bool:
+    return bool(line["suspect"]["attack"] != "none")
+
+
+def errors(lines: list[dict[str, Any]]) -> str:
+    """How often each part was judged rightly, and every model that was not."""
     rows = [
-        "| models | backdoored | honest | AUROC ↑ | found ↑ | right target ↑ | false alarms ↓ |",
-        "| --- " * 7 + "|",
+        "| models | backdoored | honest | AUROC ↑ | found ↑ | right target ↑ | false alarms ↓ | honest and touched ↓ |"
     ]
+    rows.append("| --- " * 8 + "|")
     wrong = ["| model | ASR | score | verdict |", "| --- | --- | --- | --- |"]
     for part in ("calibration", "report"):
-        # A victim that never learned its backdoor is neither.
-        of = [
-            x
-            for x in lines
-            if x["part"] == part and (x["suspect"]["attack"] == "none" or x["before"]["asr"] >= MIN_ASR)
-        ]
-        if not of:
+        bad = [x for x in counted(lines, part) if _is_bad(x)]
+        honest = [x for x in counted(lines, part) if not _is_bad(x)]
+        if not bad or not honest:
             continue
-        bad = torch.tensor([x["suspect"]["attack"] != "none" for x in of])
-        flagged = torch.tensor([x["verdict"] != "clean" for x in of])
-        right = torch.tensor([x["suspected_target"] == x["suspect"]["target"] for x in of])
-        auroc = binary_auroc(torch.tensor([x["score"] for x in of]).log().sigmoid(), bad.long())
-        shares = (flagged[bad], right[bad], flagged[~bad])
-        cells = " | ".join(f"{int(s.sum())} of {len(s)}" for s in shares)
-        rows.append(f"| {part} | {int(bad.sum())} | {int((~bad).sum())} | {auroc:.3f} | {cells} |")
-        for x, is_bad, is_flagged in zip(of, bad.tolist(), flagged.tolist(), strict=True):
-            if is_bad != is_flagged:
-                s = x["suspect"]
-                name = f"{s['dataset']}, {s['attack']}, target {s['target']}, {s['poison_ratio']:.0%}, seed {s['seed']}"
-                wrong.append(f"| {part}: {name} | {x['before']['asr']:.3f} | {x['score']:.2f} | {x['verdict']} |")
+        scores = torch.tensor([x["score"] for x in bad + honest])
+        auroc = binary_auroc(scores / (1 + scores), torch.tensor([1] * len(bad) + [0] * len(honest)))
+        cells = (
+            (sum(x["verdict"] != "clean" for x in bad), len(bad)),
+            (sum(x["suspected_target"] == x["suspect"]["target"] for x in bad), len(bad)),
+            (sum(x["verdict"] != "clean" for x in honest), len(honest)),
+            (sum(not x["untouched"] for x in honest), len(honest)),
+        )
+        shares = " | ".join(f"{some} of {total}" for some, total in cells)
+        rows.append(f"| {part} | {len(bad)} | {len(honest)} | {auroc:.3f} | {shares} |")
+        for x in bad + honest:
+            if _is_bad(x) == (x["verdict"] == "clean"):
+                asr = f"{x['before']['asr']:.3f}" if _is_bad(x) else ""
+                wrong.append(f"| {part}: {_name(x['suspect'])} | {asr} | {x['score']:.2f} | {x['verdict']} |")
     return "\n".join([*rows, "", "Judged wrongly:", "", *wrong])
+
+
+def repairs(lines: list[dict[str, Any]]) -> str:
+    """What became of every backdoor that nobody had told of."""
+    rows = ["| victim | verdict, target | before | after |", "| --- | --- | --- | --- |"]
+    bad = [x for x in counted(lines, "report") if _is_bad(x)]
+    for x in sorted(bad, key=lambda x: _name(x["suspect"])):
+        verdict = f"{x['verdict']}, {x['suspected_target']}" if x["verdict"] != "clean" else "clean"
+        rates = (" / ".join(f"{x[when][key]:.3f}" for key in ("acc", "asr", "ra")) for when in ("before", "after"))
+        rows.append(f"| {_name(x['suspect'])} | {verdict} | " + " | ".join(rates) + " |")
+    for dataset in _SIZES:
+        of = [x for x in bad if x["suspect"]["dataset"] == dataset]
+        if of:
+            drop = mean(x["before"]["acc"] - x["after"]["acc"] for x in of)
+            gone = sum(x["after"]["asr"] <= 0.1 for x in of)
+            rows.append(f"| {dataset}: ASR at most 0.10 in {gone} of {len(of)} | | | mean ACC drop {drop:.3f} |")
+    return "\n".join(rows)
+
+
+def _name(suspect: dict[str, Any]) -> str:
+    if suspect["attack"] == "none":
+        return f"{suspect['dataset']}, honest, seed {suspect['seed']}"
+    poison = f"{suspect['poison_ratio']:.0%}"
+    return f"{suspect['dataset']}, {suspect['attack']} {poison}, target {suspect['target']}, seed {suspect['seed']}"
 
 
 def main() -> None:
@@ -207,7 +235,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=_RESULTS)
     options = parser.parse_args()
     if options.command == "table":
-        print(table(stored(options.results)))
+        print(errors(stored(options.results)), repairs(stored(options.results)), sep="\n\n")
         return
     done = {json.dumps([x[key] for key in _KEYS], sort_keys=True) for x in stored(options.results)}
     left = [
@@ -220,13 +248,8 @@ def main() -> None:
         for finished in as_completed([pool.submit(partial(examine, *one)) for one in left]):
             line = finished.result()
             append(options.results, json.dumps(line))
-            print(
-                line["suspect"],
-                f"ASR {line['before']['asr']:.3f} to {line['after']['asr']:.3f}",
-                line["verdict"],
-                f"{line['score']:.2f}",
-                flush=True,
-            )
+            rates = " to ".join(f"{line[when]['asr']:.3f}" for when in ("before", "after"))
+            print(_name(line["suspect"]), f"ASR {rates}", line["verdict"], f"{line['score']:.2f}", flush=True)
 
 
 if __name__ == "__main__":

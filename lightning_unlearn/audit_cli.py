@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import lightning.pytorch as L  # noqa: N812 - the usual name
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
+from torch import Tensor
 
 from lightning_unlearn.files import free_path, write_whole
 from lightning_unlearn.offline import CheckpointCLI, CheckpointJob, load_into, with_output_dir
@@ -28,7 +30,7 @@ class _AuditCLI(CheckpointCLI):
 
 
 def audit(args: Sequence[str]) -> Audit | None:
-    """Audit a checkpoint; write ``audit.json`` and, where matplotlib is installed, ``audit.png`` into ``--output_dir``.
+    """Audit a checkpoint; write ``audit.json`` and, where it can be drawn, ``audit.png`` into ``--output_dir``.
 
     The callback's settings are read as `repair` reads them, so one configuration serves both; a trigger in it is not
     looked at.
@@ -42,15 +44,13 @@ def audit(args: Sequence[str]) -> Audit | None:
         cli.trainer.callbacks = [c for c in cli.trainer.callbacks if c is not cli.trainer.progress_bar_callback]  # type: ignore[attr-defined]  # set by the Trainer's connector
     unlearning = cli.config_init["unlearning"]
 
+    saved: list[Path] = []
+
     def work(trainer: L.Trainer, model: L.LightningModule) -> Audit:
         found: Audit = unlearning.audit(trainer, model)
         if output_dir and trainer.is_global_zero:
-            folder = Path(output_dir)
-            text = json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n"
-            write_whole(free_path(folder / "audit.json"), lambda partial: partial.write_text(text, encoding="utf-8"))
             images, _ = unlearning.clean_images(model).scoring()
-            path = free_path(folder / "audit.png")
-            write_whole(path, lambda partial: plot_audit(found, images, partial, format="png"))
+            saved.extend(_save(found, images, Path(output_dir)))
         return found
 
     job = CheckpointJob(cli.model, work)
@@ -64,5 +64,16 @@ def audit(args: Sequence[str]) -> Audit | None:
     console = Console()
     console.print(found)
     if output_dir:
-        console.print(f"Everything is in {output_dir}: audit.json, audit.png", soft_wrap=True)
+        console.print(f"Everything is in {output_dir}: {', '.join(path.name for path in saved)}", soft_wrap=True)
     return found
+
+
+def _save(found: Audit, images: Tensor, folder: Path) -> list[Path]:
+    text = json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n"
+    path = free_path(folder / "audit.json")
+    saved = [write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))]
+    if images.shape[1] in (1, 3):  # no picture has other numbers of channels
+        path = free_path(folder / "audit.png")
+        with suppress(ModuleNotFoundError):  # matplotlib is an extra, and the verdict is worth more than its picture
+            saved.append(write_whole(path, lambda partial: plot_audit(found, images, partial, format="png")))
+    return saved

@@ -120,8 +120,8 @@ class Auditor:
     Example:
         >>> import torch
         >>> from lightning_unlearn.auditor import Auditor
-        >>> pixels, labels = torch.rand(16, 1, 6, 6), torch.arange(16) % 2
-        >>> weights = torch.randn(2, 36, generator=torch.Generator().manual_seed(0))
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> pixels, weights = torch.rand(16, 1, 6, 6, generator=generator), torch.randn(2, 36, generator=generator)
         >>> found = Auditor(steps=20).audit(lambda x: x.flatten(1) @ weights.T, pixels, None, held_out=pixels[:2])
         >>> [entry.target for entry in found.classes], found.labels
         ([0, 1], 'predicted')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -96,7 +97,7 @@ class BackdoorUnlearning(Callback):
         min_asr: below this rate, on the clean images drawn, the model counts as not backdoored and is left alone.
 
     Raises:
-        TypeError: if ``clean_data``, ``trigger`` or ``method`` is of the wrong kind.
+        TypeError: if ``clean_data``, a trigger, ``method`` or ``auditor`` is of the wrong kind.
         ValueError: if a number is out of range, or both triggers are given.
 
     Example:
@@ -143,6 +144,8 @@ class BackdoorUnlearning(Callback):
             raise TypeError(
                 f"method: expected a lightning_unlearn.methods.RepairMethod, but got {type(method).__name__}."
             )
+        if auditor is not None and not isinstance(auditor, Auditor):
+            raise TypeError(f"auditor: expected a lightning_unlearn.auditor.Auditor, but got {type(auditor).__name__}.")
         if not isinstance(clean_data, (LightningDataModule, Dataset, DataLoader)):
             raise TypeError(
                 "clean_data: expected a LightningDataModule of lightning.pytorch (not of pytorch_lightning), a Dataset "
@@ -232,7 +235,8 @@ class BackdoorUnlearning(Callback):
         for loader in CombinedLoader(trainer.train_dataloader).flattened:  # there may be several
             if isinstance(loader, DataLoader):
                 clean.refuse_training_images(loader.dataset)
-        trigger = None if self.trigger is None else clean.fit_trigger(self.trigger)
+        given = self.evaluation_trigger if self.trigger is None else self.trigger
+        trigger = None if given is None else clean.fit_trigger(given)
         with intact(pl_module):
             images, _ = clean.first()
             layers = find_filters(pl_module, images.to(pl_module.dtype), lambda x: self.logits(pl_module, x))
@@ -242,7 +246,7 @@ class BackdoorUnlearning(Callback):
             for part in parts:
                 if trigger is not None:
                     Pairs.stamp(*part, trigger, num_classes=logits.shape[1])
-                else:
+                if self.trigger is None:
                     in_pixels(part[0], clean.normalization)
         if self._mask is not None:
             self._held = FilterMask(layers)
@@ -488,7 +492,9 @@ class BackdoorUnlearning(Callback):
     ) -> Evaluation | None:
         if not clean.has_test:
             return None
-        with intact(clean.module):
+        with intact(clean.module), warnings.catch_warnings():
+            if trigger is None:  # then no image counts for its rates, which is no fault of the images
+                warnings.filterwarnings("ignore", message="The .* has no image to count")
             return evaluate(forward, clean.test(trigger, num_classes, processes), processes)
 
 

@@ -77,11 +77,16 @@ class Draw:
             ValueError: if the draw is impossible.
             TypeError: if the dataset is of the wrong kind.
         """
-        unlabelled = is_unlabelled(dataset)
-        if unlabelled:
-            dataset = PredictedLabels(dataset, predict)
+        predicted = False
+        try:
+            labels = labels_of(dataset)
+        except (TypeError, ValueError):  # asked only now, since it reads an image
+            if not is_unlabelled(dataset):
+                raise
+            predicted, dataset = True, PredictedLabels(dataset, predict)
+            labels = dataset.targets
         holdout = split_holdout(
-            labels_of(dataset),
+            labels,
             samples_per_class=samples_per_class,
             share=share,
             validation_share=validation_share,
@@ -93,7 +98,7 @@ class Draw:
             split=Split(_load(scoring), _load(validation)),
             parts=(scoring, validation),
             normalization=find_normalization(dataset),
-            labels="predicted" if unlabelled else "given",
+            labels="predicted" if predicted else "given",
         )
 
 

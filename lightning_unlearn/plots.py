@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -48,10 +49,10 @@ def plot_report(report: Report, path: str | os.PathLike[str] | None = None) -> F
     rounds, layers = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_rounds(rounds, report)
     _draw_layers(layers, report)
-    figure.suptitle(
-        f"{report.method} against {report.trigger}: ASR {report.before['asr']:.2f} → {report.after['asr']:.2f}, "
-        f"ACC {report.before['acc']:.3f} → {report.after['acc']:.3f} ({report.measured_on} data)"
-    )
+    rates = [("ASR", report.before["asr"], report.after["asr"]), ("ACC", report.before["acc"], report.after["acc"])]
+    known = ", ".join(f"{name} {before:.3f} → {after:.3f}" for name, before, after in rates if not math.isnan(before))
+    trigger = "an unknown trigger" if report.trigger == "unknown" else report.trigger
+    figure.suptitle(f"{report.method} against {trigger}: {known} ({report.measured_on} data)")
     if path is not None:
         figure.savefig(path, dpi=120)
     return figure

@@ -84,20 +84,20 @@ def stage_progress(trainer: Trainer) -> Iterator[Callable[[str, int, int], None]
             for task in tasks.values():
                 progress.remove_task(task)
     elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
-        shown: dict[str, Tqdm] = {}
+        current: tuple[str, Tqdm] | None = None
 
         def show(stage: str, done: int, total: int) -> None:
-            if stage not in shown:
-                for earlier in shown.values():
-                    earlier.close()
-                shown[stage] = Tqdm(desc=f"Estimating · {stage}", unit="step", leave=True, position=0)
-            shown[stage].total = total
-            shown[stage].update(done - shown[stage].n)
+            nonlocal current
+            if current is None or current[0] != stage or done < current[1].n:  # a stage may come once more
+                if current is not None:
+                    current[1].close()
+                current = stage, Tqdm(desc=f"Estimating · {stage}", unit="step", leave=True, position=0, total=total)
+            current[1].update(done - current[1].n)
 
         try:
             yield show
         finally:
-            for stage in shown.values():
-                stage.close()
+            if current is not None:
+                current[1].close()
     else:
         yield lambda stage, done, total: None

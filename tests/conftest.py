@@ -18,9 +18,10 @@ from torch.utils.data import TensorDataset
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.data import Digits, PoisonedDataset
 from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.draw import Split
 from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.methods import RepairMethod, RepairTask, Round
-from lightning_unlearn.repair import Split, repair_split
+from lightning_unlearn.repair import repair_split
 from lightning_unlearn.triggers import PatchTrigger, Trigger
 from tests.small_fits import Setting
 

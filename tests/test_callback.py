@@ -474,11 +474,6 @@ def test_garbage_as_test_data_changes_nothing_but_its_rates(fit, hand_victim, pa
 # Arguments
 
 
-def test_no_trigger(parts):
-    with pytest.raises(ValueError, match=r"trigger: none is given, and estimating .* not built yet; .*PatchTrigger"):
-        BackdoorUnlearning(parts[1])
-
-
 def test_a_function_is_no_trigger(parts):
     with pytest.raises(TypeError, match=r"trigger: expected a .*Trigger, but got function; .*FunctionTrigger"):
         BackdoorUnlearning(parts[1], lambda images: images)
@@ -514,8 +509,14 @@ def test_numbers_out_of_range(parts, options, message):
         BackdoorUnlearning(parts[1], PatchTrigger(), **options)
 
 
-def test_default_method(parts):
-    assert isinstance(BackdoorUnlearning(parts[1], PatchTrigger()).method, MaskPrune)
+def test_default_method(fit, hand_victim, parts, tmp_path):
+    """No method is chosen before it is known whether there is a trigger."""
+    callback = BackdoorUnlearning(parts[1], hand_victim.trigger, samples_per_class=4)
+    assert callback.method is None
+    settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = L.Trainer(callbacks=[callback], max_steps=1, default_root_dir=tmp_path, **settings)
+    trainer.fit(Model(hand_victim.net), DataLoader(parts[0], batch_size=15))
+    assert callback.report.method == "MaskPrune"
 
 
 # Refused when training starts

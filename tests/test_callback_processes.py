@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_unlearn import BackdoorUnlearning, HoldoutDataModule
+from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.data import Digits
-from lightning_unlearn.methods import FineTuning, GradPrune
-from lightning_unlearn.triggers import PatchTrigger
+from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, RepairMethod
+from lightning_unlearn.triggers import PatchTrigger, Trigger
 
 DISTRIBUTED = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 METHOD = GradPrune(
@@ -41,6 +42,14 @@ FROZEN = GradPrune(
     accuracy_drop=1.0,
     finetune=FineTuning(triggered=True, max_epochs=2, patience=2, batch_size=15, norms="frozen"),
 )
+PATCH = PatchTrigger(size=3, target=0)
+AUDITOR = Auditor(steps=10)
+UNKNOWN: dict[str, Any] = {
+    "trigger": None,
+    "evaluation_trigger": PATCH,
+    "auditor": AUDITOR,
+    "method": Alternation(FROZEN, auditor=AUDITOR, rounds=2, accuracy_drop=1.0),
+}
 TIMEOUT = timedelta(seconds=60)
 FORKED: dict[str, Any] = {
     "ddp_fork": "ddp_fork",
@@ -84,7 +93,9 @@ def fit(
     processes: int,
     learning_rate: float = 0.0,
     strategy: Any = None,
-    method: GradPrune = METHOD,
+    method: RepairMethod = METHOD,
+    trigger: Trigger | None = PATCH,
+    **options: Any,
 ) -> dict[str, Any]:
     """Trains for two steps, repairs, and says what came of it."""
     model = Victim(width=8, learning_rate=learning_rate)
@@ -93,9 +104,10 @@ def fit(
         HoldoutDataModule(
             Digits(part="holdout", size=16), samples_per_class=4, test_dataset=Digits(part="test", size=16)
         ),
-        PatchTrigger(size=3, target=0),
+        trigger,
         method,
         force=True,
+        **options,
         output_dir=str(folder / name),
     )
     trainer = L.Trainer(
@@ -132,6 +144,8 @@ def main(folder: Path, strategy: str | None) -> None:
         "one": fit(folder, "one", processes=1),
         "two": fit(folder, "two", processes=2),
         "trained": fit(folder, "trained", processes=2, learning_rate=0.01),
+        "unknown, one": fit(folder, "unknown, one", processes=1, **UNKNOWN),
+        "unknown, two": fit(folder, "unknown, two", processes=2, **UNKNOWN),
     }
     (folder / "results.json").write_text(json.dumps(results))
     fit(folder, "auto", 1, method=FROZEN)
@@ -200,14 +214,28 @@ def test_two_processes_prune_what_one_does(results):
     assert results["two"]["mask"] == results["one"]["mask"]
 
 
-@pytest.mark.parametrize("name", ["two", "trained"])
+def test_two_processes_estimate_what_one_does(results):
+    one, two = results["unknown, one"]["report"], results["unknown, two"]["report"]
+    assert one["estimated_trigger"]
+    assert two["estimated_trigger"] == [
+        {name: pytest.approx(value) if isinstance(value, float) else value for name, value in estimate.items()}
+        for estimate in one["estimated_trigger"]
+    ]
+    assert [two[name] for name in ("verdict", "suspected_target")] == [one["verdict"], one["suspected_target"]]
+    assert two["estimated_asr"] == pytest.approx(one["estimated_asr"])
+    assert one["filters"]["pruned"] > 0
+    assert_alike(two, one)
+    assert results["unknown, two"]["mask"] == results["unknown, one"]["mask"]
+
+
+@pytest.mark.parametrize("name", ["two", "trained", "unknown, two"])
 def test_processes_end_with_the_same_weights(results, name):
     metrics = results[name]["metrics"]
     assert metrics["before"] > 1e-3, "the processes did not differ before, so this proves nothing"
     assert metrics["after"] == 0
 
 
-@pytest.mark.parametrize("name", ["one", "two", "trained"])
+@pytest.mark.parametrize("name", ["one", "two", "trained", "unknown, one", "unknown, two"])
 def test_what_outlives_the_processes(results, name):
     metrics, report = results[name]["metrics"], results[name]["report"]
     for when in ("before", "after"):
@@ -217,7 +245,7 @@ def test_what_outlives_the_processes(results, name):
     assert results[name]["weights as saved"]
 
 
-@pytest.mark.parametrize("name", ["one", "two", "trained"])
+@pytest.mark.parametrize("name", ["one", "two", "trained", "unknown, one", "unknown, two"])
 def test_files_are_written_once(results, name):
     assert results[name]["files"] == ["model-unlearned.ckpt", "report.json"]
     assert Path(results[name]["report"]["checkpoint"]).name == "model-unlearned.ckpt"

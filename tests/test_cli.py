@@ -237,7 +237,6 @@ def test_checkpoint_of_another_network(victim):
         ({"samples_per_class": 21}, r"class 0 has 20 images in the dataset, but 21 are needed"),
         ({"samples_per_class": 0}, r"samples_per_class must be at least 2"),
         ({"trigger": UNLEARNING["trigger"] | {"init_args": {"target": 10}}}, r"target"),
-        ({"trigger": None}, r"trigger: none is given, and estimating an unknown trigger is not built yet"),
         (
             {"method": UNLEARNING["method"] | {"init_args": {"accuracy_drop": 0.0}}},
             r"accuracy_drop: expected a",

@@ -212,6 +212,17 @@ def test_names_pick_what_is_configured():
     assert choose_methods(None, listed=[soft, hard], configured=own) == [soft, hard]
 
 
+@pytest.mark.parametrize("trigger", [None, "auto"])
+def test_unknown_trigger(victim, trigger):
+    """All methods must be compared by the same trigger, and an estimate is no measure of the real one."""
+    write("repair.yaml", trigger=trigger)
+    with pytest.raises(
+        ValueError, match=r"trigger: `compare` needs a trigger .*`lightning-unlearn audit` .* `.* repair`"
+    ):
+        compare()
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize("spelling", [["--methods", "GradPrune", "Prune"], ["--methods=Prune"]])
 def test_unknown_method(victim, spelling):
     with pytest.raises(ValueError, match=r"methods: there is no method 'Prune'; expected .*FineTuning, .*MaskPrune"):

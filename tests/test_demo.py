@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +21,14 @@ import lightning_unlearn
 from lightning_unlearn import Report, demo, methods
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.cli import main
+from lightning_unlearn.demo import configs
 from lightning_unlearn.methods import RepairMethod
 from lightning_unlearn.triggers import Trigger
 
 SCHEMA = {
     "schema_version", "method", "trigger", "target", "samples_per_class", "seed", "before", "after", "der", "rir",
-    "filters", "rounds", "seconds", "checkpoint", "versions", "status", "measured_on",
+    "filters", "rounds", "seconds", "checkpoint", "versions", "status", "measured_on", "verdict", "suspected_target",
+    "estimated_trigger", "estimated_asr", "labels",
 }  # fmt: skip
 ROUND = {"round", "stage", "pruned", "val_acc", "val_asr", "val_ra", "val_loss", "val_unlearning_loss"}
 
@@ -112,7 +115,7 @@ def test_report_has_the_promised_fields(demo_run):
     assert written["filters"]["total"] == 2 * (16 + 32 + 64)
     assert all(set(done) == ROUND for done in written["rounds"])
     assert [done["round"] for done in written["rounds"]] == list(range(1, len(written["rounds"]) + 1))
-    assert set(written["seconds"]) == {"score", "evaluate", "finetune", "total"}
+    assert set(written["seconds"]) == {"estimate", "score", "evaluate", "finetune", "total"}
     assert set(written["versions"]) == {"lightning_unlearn", "torch", "lightning"}
     assert written["versions"]["lightning_unlearn"] == lightning_unlearn.__version__
     assert written == demo_run.report.to_dict()
@@ -139,6 +142,67 @@ def test_tensorboard(demo_run):
         logged = [scalar.value for scalar in found.Scalars(f"unlearn/{name}")]
         assert logged == pytest.approx([getattr(done, name) for done in demo_run.report.rounds])
     assert set(found.Tags()["images"]) == {"unlearn/clean", "unlearn/triggered", "unlearn/trigger"}
+
+
+# An unknown trigger, on digits half as wide and high and with a net half as wide: minutes become seconds
+
+
+def smaller(*args: Any, **kwargs: Any) -> tuple[dict, dict]:
+    """The demo's own configurations with smaller images."""
+    training, repair = configs(*args, **kwargs)
+    training["data"]["init_args"]["datamodule"]["init_args"] = {"size": 16}
+    training["model"]["init_args"]["width"] = 8
+    clean = training["trainer"]["callbacks"][1]["init_args"]["clean_data"]["init_args"]
+    for name in ("dataset", "test_dataset"):
+        clean[name]["init_args"]["size"] = 16
+    return training, repair
+
+
+def unknown(folder: Path, *words: str) -> Run:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "configs", smaller)
+        report, printed = run("demo", "--trigger", "unknown", "--output-dir", str(folder), *words)
+    return Run(folder, report, printed)
+
+
+@pytest.fixture(scope="module")
+def unknown_run(tmp_path_factory):
+    return unknown(tmp_path_factory.mktemp("demo") / "unknown")
+
+
+def test_a_backdoor_is_removed_without_its_trigger(unknown_run):
+    report = unknown_run.report
+    assert (report.status, report.trigger, report.measured_on) == ("repaired", "unknown", "test")
+    assert report.verdict in ("suspicious", "backdoored")
+    assert report.suspected_target == report.target == 0
+    assert report.before["asr"] >= 0.95
+    assert report.after["asr"] <= 0.1
+    assert report.before["acc"] - report.after["acc"] <= 0.03
+    assert report.estimated_asr["after"] < report.estimated_asr["before"]
+
+
+def test_what_is_written_and_printed_of_an_unknown_trigger(unknown_run):
+    written = unknown_run.written
+    assert set(written) == SCHEMA
+    assert written == unknown_run.report.to_dict()
+    assert [estimate["target"] for estimate in written["estimated_trigger"]] == [0] * len(written["estimated_trigger"])
+    assert (unknown_run.folder / "original-unlearned.ckpt").is_file()
+    assert "ASR of the estimated trigger ↓" in unknown_run.printed
+    found = EventAccumulator(str(unknown_run.folder / "tensorboard"), size_guidance={"images": 0}).Reload().Tags()
+    names = ("clean", "triggered", "trigger", "estimated_triggered", "estimated_trigger")
+    assert set(found["images"]) == {f"unlearn/{name}" for name in names}
+    assert {"unlearn/estimated_asr_before", "unlearn/estimated_asr_after"} <= set(found["scalars"])
+
+
+def test_an_honest_model_is_left_alone(tmp_path):
+    done = unknown(tmp_path / "new", "--poison-ratio", "0")
+    report = done.report
+    assert (report.status, report.verdict, report.suspected_target) == ("clean", "clean", None)
+    assert report.before == report.after
+    assert report.checkpoint is None
+    assert not list((tmp_path / "new").glob("*-unlearned*"))
+    assert done.written == report.to_dict()
+    assert "Verdict: clean" in done.printed
 
 
 # What can be done with it
@@ -202,7 +266,9 @@ def configured(folder: Path) -> tuple[dict, dict]:
     callback = training["trainer"]["callbacks"][1]["init_args"]
     assert {**repair["unlearning"], "output_dir": str(folder)} == callback
     assert repair["model"] == training["model"]
-    assert training["data"]["init_args"]["trigger"] == callback["trigger"]
+    assert ("trigger" in callback) != ("evaluation_trigger" in callback)
+    attack = callback.get("trigger") or callback["evaluation_trigger"]
+    assert training["data"]["init_args"]["trigger"] == attack
     return training, callback
 
 
@@ -229,7 +295,8 @@ def test_defaults(no_training):
     training, callback = configured(Path(folder.name))
     assert training["seed_everything"] == callback["seed"] == 0
     assert training["trainer"]["accelerator"] == "cpu"
-    assert callback["method"] == {"class_path": "lightning_unlearn.methods.MaskPrune"}
+    assert "method" not in callback  # the callback's own default, which depends on whether the trigger is known
+    assert training["data"]["init_args"]["ratio"] == 0.1
 
 
 def test_seed_and_accelerator(no_training):
@@ -258,6 +325,16 @@ def test_attacks(no_training, attack):
     assert not torch.equal(trigger(images), images)
 
 
+@pytest.mark.parametrize("attack", ["patch", "sinusoid"])
+def test_an_unknown_trigger_only_measures(no_training, attack):
+    with pytest.raises(StopHereError):
+        main(["demo", "--output-dir", "new", "--trigger", "unknown", "--attack", attack, "--poison_ratio=0.05"])
+    training, callback = configured(Path("new"))
+    assert "trigger" not in callback
+    assert callback["evaluation_trigger"] == demo.ATTACKS[attack]
+    assert training["data"]["init_args"]["ratio"] == 0.05
+
+
 @pytest.mark.parametrize("method", ["GradPrune", "MaskPrune", "FineTuning"])
 def test_methods(no_training, method):
     assert set(demo.METHODS) == {name for name in methods.__all__ if name in demo.METHODS}
@@ -281,6 +358,10 @@ def test_methods(no_training, method):
         (["--attack", "telepathy"], r"argument --attack: invalid choice: 'telepathy'"),
         (["--method", "RepairMethod"], r"argument --method: invalid choice: 'RepairMethod'"),
         (["--method", "Pruning"], r"argument --method: invalid choice: 'Pruning'"),
+        (["--trigger", "maybe"], r"argument --trigger: invalid choice: 'maybe'"),
+        (["--poison-ratio", "1"], r"--poison-ratio: expected a share in \[0, 1\), but got 1.0"),
+        (["--poison-ratio", "-0.1"], r"--poison-ratio: expected a share in \[0, 1\), but got -0.1"),
+        (["--poison-ratio", "nan"], r"--poison-ratio: expected a share in \[0, 1\), but got nan"),
         (["--seed", "x"], r"argument --seed: invalid int value"),
         (["--epochs", "3"], r"unrecognized arguments: --epochs 3"),
     ],

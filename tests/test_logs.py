@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_unlearn import BackdoorUnlearning, HoldoutDataModule, Report
+from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.data import Digits, Pairs
 from lightning_unlearn.logs import log_pictures, log_report, log_round
@@ -144,11 +145,11 @@ def test_log_report(tmp_path):
     log_report(trainer, report)
     ((values, step),) = logger.told
     assert step == 0
-    assert {name: value for name, value in values.items() if value == value} == {
+    assert values == {  # what is not known is left out
         "unlearn/acc_before": 0.9, "unlearn/asr_before": 1.0, "unlearn/ra_before": 0.0, "unlearn/acc_after": 0.8,
         "unlearn/ra_after": 0.7, "unlearn/der": 0.95, "unlearn/rir": 0.8, "unlearn/filters_pruned": 1.0,
     }  # fmt: skip
-    assert trainer.callback_metrics["unlearn/asr_after"].isnan()
+    assert "unlearn/asr_after" not in trainer.callback_metrics
     assert trainer.callback_metrics["unlearn/acc_after"].item() == pytest.approx(0.8)
 
 
@@ -223,3 +224,54 @@ def test_loggers_without_pictures_get_none(tmp_path):
     pairs = Pairs.stamp(torch.zeros(1, 1, 8, 8), torch.zeros(1).long(), PatchTrigger(), num_classes=2)
     log_pictures(quiet_trainer(logger), pairs, PatchTrigger())
     assert logger.told == []
+
+
+# An unknown trigger
+
+
+def test_estimates_in_tensorboard(setting, tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    callback = setting.callback(trigger=None, auditor=Auditor(steps=10), samples_per_class=4)
+    setting.trainer(callback, logger=logger).fit(setting.model(), setting.loader())
+    found = events(logger.log_dir)
+    report = callback.report
+    for when in ("before", "after"):
+        (scalar,) = found.Scalars(f"unlearn/estimated_asr_{when}")
+        assert (scalar.step, scalar.value) == (3 + len(report.rounds), pytest.approx(report.estimated_asr[when]))
+    logged = {tag.removeprefix("unlearn/") for tag in found.Tags()["scalars"] if tag.startswith("unlearn/")}
+    assert logged == ROUND | {
+        "acc_before",
+        "acc_after",
+        "filters_pruned",
+        "estimated_asr_before",
+        "estimated_asr_after",
+    }
+    images = {"unlearn/clean", "unlearn/estimated_triggered", "unlearn/estimated_trigger"}
+    assert set(found.Tags()["images"]) == images
+    assert (pixels(found, "unlearn/clean") != pixels(found, "unlearn/estimated_triggered")).any()
+
+
+def test_the_real_trigger_beside_estimates(setting, tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    unknown = {"trigger": None, "evaluation_trigger": setting.victim.trigger, "auditor": Auditor(steps=10)}
+    callback = setting.callback(**unknown, samples_per_class=4)
+    setting.trainer(callback, logger=logger).fit(setting.model(), setting.loader())
+    found = events(logger.log_dir)
+    names = ("clean", "triggered", "trigger", "estimated_triggered", "estimated_trigger")
+    assert set(found.Tags()["images"]) == {f"unlearn/{name}" for name in names}
+    pictures = [np.asarray(Image.open(io.BytesIO(i.encoded_image_string))) for i in found.Images("unlearn/triggered")]
+    assert pictures[0][2:6, 2:6, 0][3, 3] == 255  # the white pixel in the lower right corner
+
+
+def test_an_audit_in_tensorboard(setting, tmp_path):
+    """Without any repair."""
+    logger = TensorBoardLogger(tmp_path)
+    callback = setting.callback(trigger=None, auditor=Auditor(steps=10), samples_per_class=4)
+    found = callback.audit(quiet_trainer(logger), setting.model())
+    logger.finalize("success")
+    assert found.verdict == "backdoored"
+    read = events(logger.log_dir)
+    assert set(read.Tags()["images"]) == {
+        "unlearn/clean", "unlearn/estimated_triggered", "unlearn/estimated_trigger"
+    }  # fmt: skip
+    assert read.Tags()["scalars"] == []

@@ -5,9 +5,10 @@ import warnings
 import pytest
 import torch
 
+from lightning_unlearn.draw import Split
 from lightning_unlearn.memory import is_out_of_memory, tries_smaller_batches
 from lightning_unlearn.methods import GradPrune, RepairMethod
-from lightning_unlearn.repair import Split, repair_split
+from lightning_unlearn.repair import repair_split
 
 CUDA = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 

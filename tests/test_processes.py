@@ -24,11 +24,12 @@ from lightning_unlearn import methods
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.data import Digits
 from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.draw import Split
 from lightning_unlearn.evaluation import evaluate
 from lightning_unlearn.filters import find_filters, score_filters
 from lightning_unlearn.methods import FineTuning, GradPrune, MaskPrune, RepairMethod, RepairTask, Round
 from lightning_unlearn.processes import ALONE, Processes
-from lightning_unlearn.repair import Split, repair_split
+from lightning_unlearn.repair import repair_split
 from lightning_unlearn.triggers import PatchTrigger
 
 COUNTS = (1, 2, 4)

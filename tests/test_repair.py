@@ -11,10 +11,11 @@ from torchvision.transforms import v2
 
 from lightning_unlearn.data import split_holdout
 from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.draw import Split
 from lightning_unlearn.evaluation import evaluate
 from lightning_unlearn.methods import FineTuning, GradPrune, MaskPrune, RepairMethod
 from lightning_unlearn.metrics.functional import attack_success_rate
-from lightning_unlearn.repair import RepairResult, Split, repair, repair_split
+from lightning_unlearn.repair import RepairResult, repair, repair_split
 from lightning_unlearn.triggers import FunctionTrigger, PatchTrigger
 
 NETS = ("preact", "vgg", "grouped", "plain", "group_norm")

@@ -12,8 +12,9 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.data import IterableDataset, TensorDataset
 from torchvision.transforms import v2
 
+from lightning_unlearn.draw import Split
 from lightning_unlearn.methods import FineTuning, GradPrune, MaskPrune
-from lightning_unlearn.repair import Split, repair, repair_split
+from lightning_unlearn.repair import repair, repair_split
 from lightning_unlearn.triggers import FunctionTrigger, PatchTrigger, Trigger
 
 METHODS = [

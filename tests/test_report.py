@@ -21,14 +21,18 @@ from lightning_unlearn.methods import GradPrune, Round
 from lightning_unlearn.repair import RepairResult, repair
 from lightning_unlearn.report import Report
 from lightning_unlearn.triggers import BlendTrigger, PatchTrigger
+from lightning_unlearn.triggers.inversion import Estimate
+from lightning_unlearn.verdict import Audit
 
 BEFORE = Evaluation(acc=0.9, asr=1.0, ra=0.0, loss=0.3, unlearning_loss=5.0)
 AFTER = Evaluation(acc=0.8, asr=0.1, ra=0.7, loss=0.4, unlearning_loss=0.5)
+HELD_BEFORE = dataclasses.replace(BEFORE, asr=0.95)
+HELD_AFTER = dataclasses.replace(AFTER, asr=0.15)
 ROUNDS = (
     Round(1, "prune", (("0", 2), ("2", 0)), 0.8, 0.1, 0.7, 0.4, 0.5),
     Round(2, "finetune", (), 0.8, 0.2, 0.6, 0.5, math.inf),
 )
-SECONDS = {"score": 0.5, "evaluate": 0.25, "finetune": 0.0, "total": 1.26}
+SECONDS = {"estimate": 0.0, "score": 0.5, "evaluate": 0.25, "finetune": 0.0, "total": 1.26}
 
 
 @pytest.fixture
@@ -36,7 +40,18 @@ def result():
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(32, 4)).eval()
     mask = FilterMask(find_filters(net, torch.rand(1, 1, 8, 8)))
     mask.prune([("2", 0), ("0", 2), ("0", 1)])
-    return RepairResult("GradPrune", "repaired", BEFORE, AFTER, ROUNDS, mask, scoring=None, seconds=SECONDS)
+    return RepairResult(
+        method="GradPrune",
+        status="repaired",
+        before=BEFORE,
+        after=AFTER,
+        rounds=ROUNDS,
+        mask=mask,
+        scoring=None,
+        held=(HELD_BEFORE, HELD_AFTER),
+        trigger=PatchTrigger(target=3),
+        seconds=SECONDS,
+    )
 
 
 @pytest.fixture
@@ -81,13 +96,18 @@ def test_the_schema(report):
                 "val_unlearning_loss": None,
             },
         ],
-        "seconds": {"score": 0.5, "evaluate": 0.25, "finetune": 0.0, "total": 1.26},
+        "seconds": {"estimate": 0.0, "score": 0.5, "evaluate": 0.25, "finetune": 0.0, "total": 1.26},
         "checkpoint": os.path.join("some", "m.ckpt"),
         "versions": {
             "lightning_unlearn": lightning_unlearn.__version__,
             "torch": version("torch"),
             "lightning": version("lightning"),
         },
+        "verdict": None,
+        "suspected_target": None,
+        "estimated_trigger": None,
+        "estimated_asr": None,
+        "labels": "given",
     }
     assert next(iter(report.to_dict())) == "schema_version"
 
@@ -113,7 +133,7 @@ def test_numbers_that_json_has_no_word_for_are_null(result, tmp_path):
     assert read["before"] == read["after"] == {"acc": 1.0, "asr": None, "ra": None}
     assert (read["der"], read["rir"]) == (None, None)
     assert read["rounds"][1]["val_unlearning_loss"] is None
-    assert "nan" in str(report)
+    assert "| ASR ↓ | unknown | unknown |" in str(report)
 
 
 def test_test_data_counts_if_there_is_any(result):
@@ -248,4 +268,99 @@ def test_of_a_real_repair(hand_victim, tmp_path):
     assert (read["der"], read["rir"]) == (1.0, 1.0)
     assert read["filters"] == {"total": 4, "pruned": 1, "by_layer": {"0": [3]}}
     assert read["rounds"][0]["pruned"] == [["0", 3]]
-    assert list(read["seconds"]) == ["score", "evaluate", "finetune", "total"]
+    assert list(read["seconds"]) == ["estimate", "score", "evaluate", "finetune", "total"]
+
+
+# An unknown trigger
+
+
+ESTIMATES = (
+    Estimate(PatchTrigger(target=3), "covering", 3, cost=0.02, success=1.0),
+    Estimate(PatchTrigger(target=3), "additive", 3, cost=0.1, success=0.75),
+)
+
+
+@pytest.fixture
+def unknown(result):
+    audit = Audit(verdict="backdoored", suspected_target=3, score=1.7, classes=(), estimates=ESTIMATES, num_classes=4)
+    return dataclasses.replace(result, audit=audit)
+
+
+@pytest.fixture
+def clean(result):
+    audit = Audit(verdict="clean", suspected_target=None, score=0.7, classes=(), estimates=ESTIMATES, num_classes=4)
+    mask = FilterMask(result.mask.layers)
+    held = (HELD_BEFORE, HELD_BEFORE)
+    return dataclasses.replace(
+        result, status="clean", after=BEFORE, rounds=(), mask=mask, held=held, audit=audit, trigger=audit.trigger
+    )
+
+
+def test_what_estimates_do_is_no_measure_of_the_real_trigger(unknown, tmp_path):
+    report = Report.of(unknown, None, samples_per_class=10, seed=7)
+    read = json.loads(report.save(tmp_path / "report.json").read_text())
+    assert read["before"] == {"acc": 0.9, "asr": None, "ra": None}
+    assert read["after"] == {"acc": 0.8, "asr": None, "ra": None}
+    assert (read["der"], read["rir"], read["trigger"], read["target"]) == (None, None, "unknown", 3)
+    assert (read["verdict"], read["suspected_target"], read["labels"]) == ("backdoored", 3, "given")
+    assert read["estimated_asr"] == {"before": 0.95, "after": 0.15}  # of all images held, not of the validation part
+    assert read["estimated_trigger"] == [
+        {"family": "covering", "target": 3, "cost": 0.02, "success": 1.0},
+        {"family": "additive", "target": 3, "cost": 0.1, "success": 0.75},
+    ]
+
+
+def test_real_rates_beside_the_estimated_one(unknown):
+    report = Report.of(unknown, None, samples_per_class=10, seed=7, test=(BEFORE, AFTER))
+    assert (report.before, report.after) == (BEFORE.rates(), AFTER.rates())
+    assert (report.measured_on, report.trigger) == ("test", "unknown")
+    assert report.der == pytest.approx(0.9)
+    assert report.estimated_asr == {"before": 0.95, "after": 0.15}
+
+
+def test_predicted_labels_are_told(unknown):
+    report = Report.of(unknown, None, samples_per_class=10, seed=7, labels="predicted")
+    assert report.to_dict()["labels"] == "predicted"
+
+
+def test_unknown_rates_as_markdown(unknown):
+    assert str(Report.of(unknown, None, samples_per_class=10, seed=7)).splitlines() == [
+        "| validation data | before | after |",
+        "| --- | --- | --- |",
+        "| ACC ↑ | 0.900 | 0.800 |",
+        "| ASR ↓ | unknown | unknown |",
+        "| RA ↑ | unknown | unknown |",
+        "| ASR of the estimated trigger ↓ | 0.950 | 0.150 |",
+        "| DER ↑ | | unknown |",
+        "",
+        "Verdict: backdoored, target 3. GradPrune pruned 3 of 5 filters in 1.3 s.",
+    ]
+
+
+def test_unknown_rates_in_one_line(unknown):
+    assert Report.of(unknown, None, samples_per_class=10, seed=7).headline() == (
+        "ACC ↑ 0.900 → 0.800, ASR ↓ unknown → unknown, RA ↑ unknown → unknown, ASR of the estimated trigger ↓ 0.950 → "
+        "0.150 (validation data). Verdict: backdoored, target 3. GradPrune pruned 3 of 5 filters in 1.3 s."
+    )
+
+
+def test_unknown_rates_as_table(unknown):
+    text = shown(Report.of(unknown, None, samples_per_class=10, seed=7))
+    lines = [line.replace("┃", "│").strip("│ ").split("│") for line in text.splitlines()]
+    cells = {tuple(cell.strip() for cell in line) for line in lines}
+    assert {("ASR ↓", "unknown", "unknown"), ("ASR of the estimated trigger ↓", "0.950", "0.150")} <= cells
+    assert "GradPrune · unknown trigger · target 3 · 10 clean images per class" in " ".join(text.split())
+    assert "nan" not in text
+
+
+def test_a_clean_model(clean, tmp_path):
+    report = Report.of(clean, None, samples_per_class=10, seed=7)
+    read = json.loads(report.save(tmp_path / "report.json").read_text())
+    assert (read["status"], read["verdict"], read["target"], read["suspected_target"]) == ("clean", "clean", None, None)
+    assert (read["rounds"], read["filters"]["pruned"], read["checkpoint"]) == ([], 0, None)
+    assert read["estimated_asr"] == {"before": 0.95, "after": 0.95}
+    text = shown(report)
+    assert "unknown trigger · target ?" in " ".join(text.split())
+    assert "Verdict: clean" in " ".join(text.split())
+    assert "estimated" not in text  # of a trigger that nobody believes in
+    assert "as it was" in report.headline()

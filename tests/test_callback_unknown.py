@@ -1,0 +1,383 @@
+"""The callback where nobody knows the trigger: audit, repair against estimates, and measure with the real one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+import lightning.pytorch as L  # noqa: N812 - the usual name
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset, TensorDataset
+from torchvision.transforms import Normalize
+
+from lightning_unlearn import BackdoorUnlearning, HoldoutDataModule
+from lightning_unlearn import callback as callback_module
+from lightning_unlearn.auditor import Auditor
+from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, RepairMethod
+from lightning_unlearn.triggers import BlendTrigger, FunctionTrigger, PatchTrigger, Trigger, TriggerPool
+from tests.small_fits import Setting, backdoor_is_gone
+
+# After so few steps an estimate exists for the hand-made victim's class 0 alone, and for none once filter 3 is zero.
+AUDITOR = Auditor(steps=10)
+UNKNOWN: dict[str, Any] = {"trigger": None, "auditor": AUDITOR, "samples_per_class": 4}
+
+
+@pytest.fixture
+def innocent(setting: Setting) -> Setting:
+    """The same net without what makes it a victim."""
+    setting.original["0.weight"][3] = 0
+    return setting
+
+
+class Kept(L.Callback):
+    """What training has left, before a repair, if it stands first."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.state = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
+        self.training = [module.training for module in pl_module.modules()]
+
+
+class Counts(L.Callback):
+    """Training batches."""
+
+    batches = 0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.batches += 1
+
+
+def fit(setting: Setting, *others: L.Callback, **options: Any) -> tuple[BackdoorUnlearning, dict[str, Tensor]]:
+    """The callback after a fit, and the weights as they are then."""
+    callback, model = setting.callback(**UNKNOWN | options), setting.model()
+    setting.trainer(*others, callback).fit(model, setting.loader())
+    return callback, model.state_dict()
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return list(first) == list(second) and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def written(setting: Setting) -> dict[str, Any]:
+    (path,) = setting.folder.rglob("report.json")
+    return json.loads(path.read_text())
+
+
+# Repairing
+
+
+@pytest.mark.parametrize("trigger", [None, "auto"])
+def test_an_unknown_backdoor_is_removed(setting, trigger):
+    callback, model = setting.callback(**UNKNOWN | {"trigger": trigger}), setting.model()
+    setting.trainer(callback).fit(model, setting.loader())
+    assert backdoor_is_gone(model)
+    report = callback.report
+    assert (report.status, report.verdict, report.suspected_target) == ("repaired", "backdoored", 0)
+    assert (report.trigger, report.target, report.method) == ("unknown", 0, "Alternation of GradPrune")
+    assert report.filters["by_layer"] == {"net.0": [3]}
+    assert report.checkpoint in map(str, setting.folder.rglob("*-unlearned.ckpt"))
+
+
+def test_none_and_auto_are_one(setting):
+    first, second = (fit(setting, trigger=trigger)[1] for trigger in (None, "auto"))
+    assert same(first, second)
+
+
+def test_the_default_method_alternates(setting):
+    callback, _ = fit(setting, method=None)
+    assert callback.report.method == "Alternation of MaskPrune"
+    assert callback.report.filters["by_layer"] == {"net.0": [3]}
+
+
+def test_an_alternation_of_ones_own(setting):
+    method = Alternation(GradPrune(max_rounds=1, finetune=False), auditor=AUDITOR, rounds=1)
+    callback, _ = fit(setting, method=method)
+    assert callback.report.method == "Alternation of GradPrune"
+    assert callback.report.filters["by_layer"] == {"net.0": [3]}
+
+
+def test_a_method_that_needs_no_trigger_is_left_as_it_is(setting):
+    callback, _ = fit(setting, method=FineTuning(max_epochs=1), auditor=AUDITOR)
+    assert callback.report.method == "FineTuning"
+
+
+def test_all_to_all_is_no_business_of_an_alternation(setting):
+    trigger = PatchTrigger(size=1, target="all_to_all")
+    with pytest.raises(ValueError, match=r"trigger: Alternation of MaskPrune estimates .* 'all_to_all'; use MaskPrune"):
+        fit(setting, trigger=trigger, method=Alternation(), force=True)
+
+
+# What the report says
+
+
+def held_out(setting: Setting) -> HoldoutDataModule:
+    """Twelve images for the defender, eighteen to test on."""
+    clean = setting.victim.clean
+    return HoldoutDataModule(
+        Subset(clean, range(30, 42)), samples_per_class=4, test_dataset=Subset(clean, range(42, 60))
+    )
+
+
+@pytest.mark.parametrize("measured_on", ["test", "validation"])
+def test_real_rates_are_null_where_nobody_can_measure_them(setting, measured_on):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The .* has no image to count")  # of a trigger that nobody gave
+        callback, _ = fit(setting, **{"clean_data": held_out(setting)} if measured_on == "test" else {})
+    read = written(setting)
+    assert read == callback.report.to_dict()
+    assert read["measured_on"] == measured_on
+    assert read["before"] == read["after"] == {"acc": 1.0, "asr": None, "ra": None}
+    assert (read["der"], read["rir"]) == (None, None)
+    assert (read["trigger"], read["verdict"], read["suspected_target"]) == ("unknown", "backdoored", 0)
+    assert read["labels"] == "given"
+    assert read["estimated_asr"]["before"] == 1
+    assert read["estimated_asr"]["after"] < 0.5
+    assert read["estimated_trigger"]
+    for estimate in read["estimated_trigger"]:
+        assert set(estimate) == {"family", "target", "cost", "success"}
+        assert (estimate["target"], 0 < estimate["success"] <= 1) == (0, True)
+    assert read["seconds"]["estimate"] > 0
+    assert "ASR of the estimated trigger ↓ | 1.000 |" in str(callback.report)
+
+
+def test_a_known_trigger_has_no_estimates(setting):
+    fit(setting, trigger=setting.victim.trigger)
+    read = written(setting)
+    names = ("verdict", "suspected_target", "estimated_trigger", "estimated_asr")
+    assert [read[name] for name in names] == [None] * 4
+    assert read["seconds"]["estimate"] == 0
+
+
+def test_real_rates_with_an_evaluation_trigger(setting):
+    callback, _ = fit(setting, clean_data=held_out(setting), evaluation_trigger=setting.victim.trigger)
+    read = written(setting)
+    assert read["before"] == {"acc": 1.0, "asr": 1.0, "ra": 0.0}
+    assert read["after"] == {"acc": 1.0, "asr": 0.0, "ra": 1.0}
+    assert (read["der"], read["trigger"], read["measured_on"]) == (1.0, "unknown", "test")
+    assert 0 <= read["estimated_asr"]["after"] < read["estimated_asr"]["before"] == 1
+    assert callback.report.headline().startswith("ACC ↑ 1.000 → 1.000, ASR ↓ 1.000 → 0.000, RA ↑ 0.000 → 1.000, ASR of")
+
+
+def test_callback_metrics_hold_what_is_known(setting):
+    callback, trainer = setting.callback(**UNKNOWN), setting.trainer()
+    trainer.callbacks.insert(0, callback)
+    trainer.fit(setting.model(), setting.loader())
+    found = {name.removeprefix("unlearn/") for name in trainer.callback_metrics if name.startswith("unlearn/")}
+    estimated = {"estimated_asr_before", "estimated_asr_after"}
+    assert found == {"acc_before", "acc_after", "filters_pruned"} | estimated
+    assert trainer.callback_metrics["unlearn/estimated_asr_before"] == 1
+
+
+# The evaluation trigger
+
+
+class Watched(Trigger):
+    """Tells when it is used."""
+
+    repairing = False
+
+    def __init__(self) -> None:
+        super().__init__(target=1)
+        self.uses = 0
+
+    def __deepcopy__(self, memo: Any) -> Watched:
+        return self
+
+    def stamp(self, pixels: Tensor) -> Tensor:
+        assert not Watched.repairing
+        self.uses += 1
+        return 1 - pixels
+
+
+class Spy(RepairMethod):
+    """A GradPrune that keeps its task."""
+
+    def __init__(self) -> None:
+        self.tasks: list[Any] = []
+
+    def repair(self, task):
+        self.tasks.append(task)
+        return GradPrune(max_rounds=1, finetune=False).repair(task)
+
+
+def test_the_evaluation_trigger_never_reaches_the_repair(setting, monkeypatch):
+    real, spy, given = Watched(), Spy(), []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        given.append((args, kwargs))
+        monkeypatch.setattr(Watched, "repairing", True)
+        try:
+            return repair_split(*args, **kwargs)
+        finally:
+            monkeypatch.setattr(Watched, "repairing", False)
+
+    repair_split = callback_module.repair_split
+    monkeypatch.setattr(callback_module, "repair_split", watched)
+    callback, _ = fit(setting, clean_data=held_out(setting), evaluation_trigger=real, method=spy)
+    assert callback.report.status == "repaired"
+    ((args, kwargs),) = given
+    assert kwargs["trigger"] is None
+    assert real not in [*args, *kwargs.values()]
+    assert real.uses >= 2  # before and after
+    assert spy.tasks
+    for task in spy.tasks:
+        assert isinstance(task.trigger, TriggerPool)
+        assert real not in list(task.trigger.modules())
+        inverted = 1 - task.scoring.clean
+        assert not torch.allclose(task.scoring.triggered, inverted)
+
+
+def _careless(images: Tensor) -> Tensor:
+    """A trigger that draws from the global generator and writes into what it is given."""
+    return images.mul_(0).add_(torch.rand_like(images))
+
+
+def test_weights_do_not_depend_on_the_evaluation_trigger(setting):
+    triggers = [None, setting.victim.trigger, BlendTrigger(ratio=0.5, target=2), FunctionTrigger(_careless, target=1)]
+    found = [fit(setting, clean_data=held_out(setting), evaluation_trigger=trigger) for trigger in triggers]
+    (first, weights), *others = found
+    assert first.report.status == "repaired"
+    assert all(same(weights, other) for _, other in others)
+    for other, _ in others:
+        assert other.report.rounds == first.report.rounds
+        assert other.report.filters == first.report.filters
+        assert other.report.estimated_trigger == first.report.estimated_trigger
+        assert other.report.estimated_asr == first.report.estimated_asr
+    rates = [(other.report.before["asr"], other.report.after["ra"]) for other, _ in others]
+    assert len(set(rates)) == len(rates)  # they do measure
+
+
+# Refused
+
+
+def test_both_triggers(setting):
+    with pytest.raises(ValueError, match=r"evaluation_trigger: it is for an unknown trigger, but `trigger` is given"):
+        BackdoorUnlearning(setting.clean, PatchTrigger(), evaluation_trigger=PatchTrigger())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trigger": "automatic"}, r"^trigger: expected a lightning_unlearn.triggers.Trigger, but got str"),
+        ({"trigger": lambda x: x}, r"^trigger: expected a .*Trigger, but got function; wrap .* FunctionTrigger"),
+        ({"evaluation_trigger": "auto"}, r"^evaluation_trigger: expected a .*Trigger, but got str"),
+        ({"evaluation_trigger": PatchTrigger}, r"^evaluation_trigger: expected a .*Trigger, but got type"),
+        ({"auditor": 100}, r"^auditor: expected a lightning_unlearn.auditor.Auditor, but got int"),
+        ({"auditor": Auditor}, r"^auditor: expected a .*Auditor, but got type"),
+    ],
+    ids=str,
+)
+def test_wrong_types(setting, options, message):
+    with pytest.raises(TypeError, match=message):
+        BackdoorUnlearning(setting.clean, **options)
+
+
+@pytest.mark.parametrize(
+    ("trigger", "message"),
+    [
+        (PatchTrigger(target=3), r"target must be in \[0, 3\), the classes, but is 3"),
+        (PatchTrigger(size=5), r"size"),
+        (FunctionTrigger(lambda x: x / 0, target=0), "returned NaN or infinity"),
+    ],
+    ids=["target", "size", "NaN"],
+)
+def test_an_evaluation_trigger_that_does_not_fit_costs_no_training(setting, trigger, message):
+    counts = Counts()
+    with pytest.raises(ValueError, match=message):
+        fit(setting, counts, evaluation_trigger=trigger)
+    assert counts.batches == 0
+    assert setting.files() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda x: (x - 0.5) / 0.25,
+            ValueError,
+            r"images: expected pixels in \[0, 1\], but they go from -2 to .* told",
+        ),
+        (lambda x: x * 255, ValueError, r"images: expected pixels in \[0, 1\], .* divide by 255 if they hold 0 to 255"),
+        (lambda x: (x * 255).to(torch.uint8), TypeError, r"images: expected floating-point images, .* torch.uint8"),
+    ],
+    ids=["normalised", "0 to 255", "bytes"],
+)
+def test_images_of_unknown_range_cost_no_training(setting, change, error, message):
+    images, labels = setting.victim.clean.tensors
+    counts = Counts()
+    with pytest.raises(error, match=message):
+        fit(setting, counts, clean_data=TensorDataset(change(images[30:]), labels[30:]))
+    assert counts.batches == 0
+    assert setting.files() == []
+
+
+class Normalized(Dataset[tuple[Tensor, int]]):
+    """Says how its images are normalised, as torchvision's datasets do."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.transform = Normalize((0.5,), (0.25,))
+        self.images = setting.clean
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.images[index]
+        return self.transform(image), int(label)
+
+
+def test_a_normalisation_that_is_told(setting):
+    """Undone in front of the net, so that it is the same victim as before."""
+
+    class Undoes(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images * 0.25 + 0.5
+
+    model = setting.model()
+    model.net = nn.Sequential(Undoes(), *model.net)
+    callback = setting.callback(**UNKNOWN, clean_data=Normalized(setting))
+    setting.trainer(callback).fit(model, setting.loader())
+    assert (callback.report.status, callback.report.suspected_target) == ("repaired", 0)
+    assert callback.report.filters["by_layer"] == {"net.1": [3]}
+
+
+def test_no_time_leaves_the_model_alone(setting):
+    kept, model = Kept(), setting.model(learning_rate=0.01)
+    callback = setting.callback(**UNKNOWN | {"auditor": Auditor(steps=10, max_time=1e-9)})
+    with pytest.raises(ValueError, match=r"max_time: 1e-09 s were over after 0 of 3 classes; allow more"):
+        setting.trainer(kept, callback, enable_checkpointing=False).fit(model, setting.loader())
+    assert same(kept.state, model.state_dict())
+    assert setting.files() == []
+
+
+# A clean verdict
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_a_clean_model_is_left_bit_for_bit(innocent, evaluation):
+    kept, model = Kept(), innocent.model(learning_rate=0.01)
+    options = {"evaluation_trigger": innocent.victim.trigger} if evaluation else {}
+    callback = innocent.callback(**UNKNOWN | {"clean_data": held_out(innocent)} | options)
+    innocent.trainer(kept, callback).fit(model, innocent.loader())
+    assert not same(kept.state, {f"net.{name}": tensor for name, tensor in innocent.original.items()})  # it did train
+    assert same(kept.state, model.state_dict())
+    assert [module.training for module in model.modules()] == kept.training
+    assert not [name for name in innocent.files() if "unlearned" in name]
+    report = callback.report
+    assert (report.status, report.verdict, report.suspected_target, report.target) == ("clean", "clean", None, None)
+    assert (report.checkpoint, report.rounds, report.filters["pruned"]) == (None, (), 0)
+    assert report.before["acc"] == report.after["acc"]
+    assert "Verdict: clean" in str(report)
+    assert "estimated trigger" not in str(report)
+    read = written(innocent)
+    assert read == report.to_dict()
+    assert read["before"]["asr"] == (report.before["asr"] if evaluation else None)
+
+
+def test_a_clean_model_can_be_repaired_by_force(innocent):
+    callback, _ = fit(innocent, force=True)
+    assert callback.report.verdict == "clean"
+    assert callback.report.status in ("repaired", "not improved")
+    assert callback.report.rounds
