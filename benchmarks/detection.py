@@ -175,9 +175,7 @@ def _is_bad(line: dict[str, Any]) -> bool:
 
 def errors(lines: list[dict[str, Any]]) -> str:
     """How often each part was judged rightly, and every model that was not."""
-    rows = [
-        "| models | backdoored | honest | AUROC ↑ | found ↑ | right target ↑ | false alarms ↓ | honest and touched ↓ |"
-    ]
+    rows = ["| models | backdoored | honest | AUROC ↑ | found ↑ | right target ↑ | false alarms ↓ | touched ↓ |"]
     rows.append("| --- " * 8 + "|")
     wrong = ["| model | ASR | score | verdict |", "| --- | --- | --- | --- |"]
     for part in ("calibration", "report"):

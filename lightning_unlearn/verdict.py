@@ -84,7 +84,7 @@ class Audit:
         score: that class's score; at most 1 for a clean verdict.
         classes: all classes that were looked at closely, in order.
         num_classes: how many classes the model knows.
-        estimates: the triggers estimated for the class with the highest score, cheapest relative to its limit first.
+        estimates: the triggers estimated for the class with the highest score, one a family.
         labels: ``"given"``, or ``"predicted"`` if the model's own answers stood in for labels.
         unseen: classes of which there was no clean image; they were looked at with the images of the others.
         complete: whether there was time for all classes and steps.
@@ -129,7 +129,7 @@ class Audit:
             return (
                 f"Verdict: clean (score {self.score:.2f}, above 1 is suspicious): no class has too universal a trigger."
             )
-        best = self.estimates[0]
+        best = max(self.estimates, key=lambda estimate: estimate.success)
         return (
             f"Verdict: {self.verdict} (score {self.score:.2f}, above 1 is suspicious): one {best.family} change sends "
             f"{best.success:.0%} of other images to class {self.suspected_target}."

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from rich.console import Console
 
 from lightning_unlearn.triggers import PatchTrigger, TriggerPool
 from lightning_unlearn.triggers.inversion import Estimate
-from lightning_unlearn.verdict import LEADS, LIMITS, Audit, ClassAudit, judged, universality
+from lightning_unlearn.verdict import LIMITS, Audit, ClassAudit, Usual, judged, universality
 
 
 def estimate(family="additive", target=0, cost=0.1, success=1.0):
@@ -49,33 +50,39 @@ def test_universality_is_the_share_that_changes_for_each_cost_of_one_for_all():
 
 
 def test_scores_by_hand():
-    found = {
-        "additive": estimates("additive", 0.4, 0.2, 0.4),
-        "covering": estimates("covering", 0.4, 0.4, 0.5),
-        "displacing": estimates("displacing", 0.1, 0.1, 0.1),
-    }
-    alone = {"additive": [0.1, 0.1, 0.1], "covering": [0.2, 0.2, 0.2], "displacing": [0.01, 0.02, 0.06]}
+    e = math.e
+    found = {"additive": estimates("additive", 0.1 * e, 0.1, 0.1 * e), "covering": estimates("covering", 0.4, 0.4, 0.4)}
+    alone = {"additive": [0.05, 0.05, 0.05], "covering": [0.2, 0.2, 0.32]}
     first, second, third = judged(found, alone)
     assert [entry.target for entry in (first, second, third)] == [0, 1, 2]
-    assert second.universality == pytest.approx({"additive": 0.5, "covering": 0.5, "displacing": 0.2})
-    assert second.cost == {"additive": 0.2, "covering": 0.4, "displacing": 0.1}
-    assert second.success == {"additive": 1, "covering": 1, "displacing": 1}
+    assert second.universality == pytest.approx({"additive": 0.5, "covering": 0.5})
+    assert second.cost == {"additive": 0.1, "covering": 0.4}
+    assert second.success == {"additive": 1, "covering": 1}
+    # The others' usual cost is e times as much, without spread: ten tenths, weighed by a fifth.
+    assert second.score == pytest.approx(0.5 * math.exp(10 / 5) / LIMITS["additive"])
+    # What lies above the usual cost counts less; the covering trigger is at it.
     assert first.score == pytest.approx(0.5 / LIMITS["covering"])
-    assert second.score == pytest.approx(0.5 / LIMITS["additive"])
-    # The third warp is thrice as universal as the next, which counts for more than its share of the limit.
-    assert third.score == pytest.approx(0.6 / 0.2 / LEADS["displacing"])
-    assert third.score > 0.6 / LIMITS["displacing"]
+    assert third.score == pytest.approx(0.8 / LIMITS["covering"])
 
 
-def test_a_lead_counts_for_warps_alone():
-    (first, *_) = judged({"additive": estimates("additive", 0.1, 1.0, 1.0)}, {"additive": [0.04, 0.01, 0.01]})
-    assert first.score == pytest.approx(0.4 / LIMITS["additive"])
+def test_spreads_below_what_is_usual():
+    usual = Usual.of([1.0, math.e, math.e**2])
+    assert usual.cost == pytest.approx(1)
+    assert usual.spread == pytest.approx((2 / 3) ** 0.5)
+    assert usual.below(1.0) == pytest.approx(1 / (0.1 + (2 / 3) ** 0.5))
+    assert usual.below(math.e) == pytest.approx(0)
+    assert usual.below(0.0) == 10  # no trigger is infinitely far off
+    assert Usual.of([]).below(0.1) == 0
 
 
-def test_with_two_classes_there_is_no_lead():
-    (first, second) = judged({"displacing": estimates("displacing", 0.1, 0.1)}, {"displacing": [0.03, 0.001]})
-    assert first.score == pytest.approx(0.3 / LIMITS["displacing"])
-    assert second.score == pytest.approx(0.01 / LIMITS["displacing"])
+def test_a_class_among_those_of_an_earlier_audit():
+    usual = {"additive": Usual.of([1.0, 1.0])}
+    (only,) = judged({"additive": estimates("additive", math.exp(-0.5))}, {"additive": [0.3 * math.exp(-0.5)]}, usual)
+    assert only.score == pytest.approx(0.3 * math.exp(5 / 5) / LIMITS["additive"])
+
+
+def test_what_was_usual_in_an_audit_leaves_out_its_worst_class():
+    assert an_audit().usual == {"additive": Usual(math.log(0.4), 0.0)}
 
 
 def test_one_class_alone():
