@@ -77,8 +77,8 @@ def test_all_classes_are_looked_at_by_all_families():
 def test_the_verdict_goes_by_the_highest_score(monkeypatch, score, verdict):
     judged = auditor.judged
 
-    def scored(found, individual):
-        entries = judged(found, individual)
+    def scored(found, individual, usual):
+        entries = judged(found, individual, usual)
         return tuple(auditor.replace(entry, score=score if entry.target == 2 else 0.1 * score) for entry in entries)
 
     monkeypatch.setattr(auditor, "judged", scored)

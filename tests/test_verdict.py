@@ -116,7 +116,7 @@ def test_to_dict_is_what_json_can_hold(changes):
 
 def test_summary():
     assert an_audit().summary() == (
-        "Verdict: backdoored (score 1.50, above 1 is suspicious): one additive change sends 90% of other images to "
+        "Verdict: backdoored (score 1.50, above 1 is suspicious): one covering change sends 100% of other images to "
         "class 1."
     )
     assert an_audit(verdict="suspicious").summary().startswith("Verdict: suspicious (score 1.50, above 1")
