@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 import signal
 import warnings
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -26,9 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_unlearn.auditor import Auditor, in_pixels
-from lightning_unlearn.companions import callbacks_of, refuse_companions
+from lightning_unlearn.companions import callbacks_of, refuse_companions, refuse_strategy
 from lightning_unlearn.data.clean import CleanImages
+from lightning_unlearn.data.labels import is_unlabelled
 from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.data.unlabelled import first_image
 from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
@@ -55,9 +55,6 @@ from lightning_unlearn.verdict import Audit
 
 __all__ = ["BackdoorUnlearning"]
 
-_REFUSED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy)
-_REFUSED_PRECISIONS = (TransformerEnginePrecision, BitsandbytesPrecision)
-
 
 class BackdoorUnlearning(Callback):
     """Removes a backdoor from the model when training ends.
@@ -73,9 +70,9 @@ class BackdoorUnlearning(Callback):
         ``repoint=True``.
 
     Args:
-        clean_data: clean images that the model was not trained on, as a :class:`~lightning_unlearn.HoldoutDataModule`,
-            another LightningDataModule, a Dataset or a DataLoader. Its test images, if it has any, are what the
-            report's rates are measured on; the repair never sees them.
+        clean_data: clean images that the model was not trained on, with or without labels, as a
+            :class:`~lightning_unlearn.HoldoutDataModule`, another LightningDataModule, a Dataset or a DataLoader. Its
+            test images, if it has any, are what the report's rates are measured on; the repair never sees them.
         trigger: the trigger to unlearn, with the target class. None or ``"auto"`` if nobody knows it: then the model is
             audited first, left alone bit for bit if it looks clean, and else repaired against estimated triggers.
         method: the repair method; :class:`MaskPrune` by default, for an unknown trigger in an :class:`Alternation`.
@@ -186,7 +183,9 @@ class BackdoorUnlearning(Callback):
     def state_key(self) -> str:
         """Tells two callbacks with different triggers apart in a checkpoint."""
         # A function's address would make another key in the next process.
-        return self._generate_state_key(trigger=re.sub(" at 0x[0-9a-f]+", "", repr(self.trigger)))
+        return self._generate_state_key(
+            trigger=re.sub(" at 0x[0-9a-f]+", "", repr(self.trigger or self.evaluation_trigger))
+        )
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -199,7 +198,7 @@ class BackdoorUnlearning(Callback):
             )
         if stage != "fit":
             return
-        _refuse_strategy(trainer)
+        refuse_strategy(trainer)
         if any(callback.source != self.source for callback in _unlearners(trainer)):
             raise MisconfigurationException(
                 "source: several BackdoorUnlearning callbacks repair one model one after another, so all need the same "
@@ -231,26 +230,39 @@ class BackdoorUnlearning(Callback):
         """Tries the model on one image and the trigger on all, and after resuming takes up the mask again."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the Trainer's initialisation
             refuse_unwritable(trainer, output_folder(trainer, self.output_dir))
+        unlabelled = _unlabelled(self.clean_data)
+        if unlabelled is not None:
+            # An untrained model's answers are no labels to draw by, so that only one image can be tried now.
+            self._try(pl_module, first_image(unlabelled).to(pl_module.device))
+            return
         clean = self.clean_images(pl_module)
         for loader in CombinedLoader(trainer.train_dataloader).flattened:  # there may be several
             if isinstance(loader, DataLoader):
                 clean.refuse_training_images(loader.dataset)
         given = self.evaluation_trigger if self.trigger is None else self.trigger
         trigger = None if given is None else clean.fit_trigger(given)
-        with intact(pl_module):
-            images, _ = clean.first()
-            layers = find_filters(pl_module, images.to(pl_module.dtype), lambda x: self.logits(pl_module, x))
-            logits = logits_of(lambda x: self.logits(pl_module, x), images.to(pl_module.dtype))
-            parts = clean.scoring(), clean.validation()
-            refuse_missing_classes(*(labels for _, labels in parts), num_classes=logits.shape[1])
-            for part in parts:
-                if trigger is not None:
-                    Pairs.stamp(*part, trigger, num_classes=logits.shape[1])
-                if self.trigger is None:
-                    in_pixels(part[0], clean.normalization)
+        num_classes = self._try(pl_module, clean.first()[0])
+        parts = clean.scoring(), clean.validation()
+        refuse_missing_classes(*(labels for _, labels in parts), num_classes=num_classes)
+        for part in parts:
+            if trigger is not None:
+                Pairs.stamp(*part, trigger, num_classes=num_classes)
+            if self.trigger is None:
+                in_pixels(part[0], clean.normalization)
+
+    def _try(self, module: LightningModule, images: Tensor) -> int:
+        """Run the model on images, and find its filters; the number of classes."""
+
+        def forward(images: Tensor) -> Tensor:
+            return self.logits(module, images)
+
+        with intact(module):
+            layers = find_filters(module, images.to(module.dtype), forward)
+            num_classes = logits_of(forward, images.to(module.dtype)).shape[1]
         if self._mask is not None:
             self._held = FilterMask(layers)
             self._held.load_state_dict(self._mask)
+        return num_classes
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -390,7 +402,7 @@ class BackdoorUnlearning(Callback):
             ...     def on_validation_end(self, trainer, pl_module):
             ...         self.report = self.unlearning.unlearn(trainer, pl_module)
         """
-        _refuse_strategy(trainer)
+        refuse_strategy(trainer)
         processes = Processes.current(module.device)
         clean = self.clean_images(module)
         trigger = None if self.trigger is None else clean.fit_trigger(self.trigger)
@@ -443,7 +455,12 @@ class BackdoorUnlearning(Callback):
         after = self._test(clean, real, forward, num_classes, processes)
         test = None if before is None or after is None else (before, after)
         report = Report.of(
-            result, trigger, samples_per_class=clean.holdout.samples_per_class, seed=self.seed, test=test
+            result,
+            trigger,
+            samples_per_class=clean.holdout.samples_per_class,
+            seed=self.seed,
+            test=test,
+            labels=clean.labels,
         )
         report = trainer.strategy.broadcast(report)
         log_report(trainer, report)
@@ -471,7 +488,7 @@ class BackdoorUnlearning(Callback):
                 normalization=clean.normalization,
                 on_progress=show,
             )
-        found = trainer.strategy.broadcast(found)
+        found = replace(trainer.strategy.broadcast(found), labels=clean.labels)
         trigger = found.trigger if clean.normalization is None else found.trigger.normalized(clean.normalization)
         pairs = Pairs.stamp(images[:8], labels[:8], trigger.to(images.device), num_classes=found.num_classes)
         log_pictures(trainer, pairs, trigger, "estimated_trigger")
@@ -482,6 +499,7 @@ class BackdoorUnlearning(Callback):
         return CleanImages(
             self.clean_data,
             module,
+            logits=lambda images: self.logits(module, images),
             samples_per_class=self.samples_per_class,
             validation_share=self.validation_share,
             seed=self.seed,
@@ -498,26 +516,11 @@ class BackdoorUnlearning(Callback):
             return evaluate(forward, clean.test(trigger, num_classes, processes), processes)
 
 
+def _unlabelled(data: object) -> Dataset[Any] | None:
+    """The dataset, if it is one of images alone."""
+    dataset = data.dataset if isinstance(data, DataLoader) else data
+    return dataset if isinstance(dataset, Dataset) and is_unlabelled(dataset) else None
+
+
 def _unlearners(trainer: Trainer) -> list[BackdoorUnlearning]:
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, BackdoorUnlearning)]
-
-
-def _refuse_strategy(trainer: Trainer) -> None:
-    """Refuse weights that are not whole, or not plain.
-
-    Raises:
-        MisconfigurationException: saying what to do instead.
-    """
-    if isinstance(trainer.strategy, _REFUSED):
-        raise MisconfigurationException(
-            "strategy: BackdoorUnlearning needs whole weights on every device, but "
-            f"{type(trainer.strategy).__name__} shards them; train so, then repair the checkpoint with "
-            "`lightning-unlearn repair` on one device."
-        )
-    precision = trainer.strategy.precision_plugin
-    if isinstance(precision, _REFUSED_PRECISIONS):
-        raise MisconfigurationException(
-            f"precision: BackdoorUnlearning needs ordinary floating-point weights, but {type(precision).__name__} "
-            "replaces layers by others; train so, then repair the checkpoint with `lightning-unlearn repair` at "
-            "--trainer.precision 32-true."
-        )

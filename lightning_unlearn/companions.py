@@ -1,12 +1,18 @@
-"""Other callbacks of the Trainer, and with which of them a repair works."""
+"""What else the Trainer was given, and with which of it a repair works."""
 
 from __future__ import annotations
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 
-__all__ = ["callbacks_of", "refuse_companions"]
+__all__ = ["callbacks_of", "refuse_companions", "refuse_strategy"]
+
+_REFUSED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy)
+_REFUSED_PRECISIONS = (TransformerEnginePrecision, BitsandbytesPrecision)
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -43,3 +49,24 @@ def refuse_companions(trainer: Trainer, repairer: Callback) -> None:
                 f"callbacks: {name} comes after {type(repairer).__name__} and would put averaged, unrepaired weights "
                 "over the repaired ones; name it first."
             )
+
+
+def refuse_strategy(trainer: Trainer) -> None:
+    """Refuse weights that are not whole, or not plain.
+
+    Raises:
+        MisconfigurationException: saying what to do instead.
+    """
+    if isinstance(trainer.strategy, _REFUSED):
+        raise MisconfigurationException(
+            "strategy: BackdoorUnlearning needs whole weights on every device, but "
+            f"{type(trainer.strategy).__name__} shards them; train so, then repair the checkpoint with "
+            "`lightning-unlearn repair` on one device."
+        )
+    precision = trainer.strategy.precision_plugin
+    if isinstance(precision, _REFUSED_PRECISIONS):
+        raise MisconfigurationException(
+            f"precision: BackdoorUnlearning needs ordinary floating-point weights, but {type(precision).__name__} "
+            "replaces layers by others; train so, then repair the checkpoint with `lightning-unlearn repair` at "
+            "--trainer.precision 32-true."
+        )

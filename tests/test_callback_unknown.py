@@ -105,8 +105,34 @@ def test_a_method_that_needs_no_trigger_is_left_as_it_is(setting):
 
 def test_all_to_all_is_no_business_of_an_alternation(setting):
     trigger = PatchTrigger(size=1, target="all_to_all")
-    with pytest.raises(ValueError, match=r"trigger: Alternation of MaskPrune estimates .* 'all_to_all'; use MaskPrune"):
+    with pytest.raises(
+        ValueError, match=r"trigger: estimates are of one class, .* 'all_to_all'; repair with MaskPrune"
+    ):
         fit(setting, trigger=trigger, method=Alternation(), force=True)
+
+
+# Images without labels
+
+
+def test_images_alone_do_for_a_repair(setting):
+    images = setting.victim.clean.tensors[0][30:]
+    callback, model = setting.callback(**UNKNOWN | {"clean_data": TensorDataset(images)}), setting.model()
+    setting.trainer(callback).fit(model, setting.loader())
+    assert backdoor_is_gone(model)
+    assert (callback.report.labels, callback.report.suspected_target) == ("predicted", 0)
+    assert written(setting)["labels"] == "predicted"
+
+
+def test_images_alone_are_tried_before_training(setting):
+    class Narrow(BackdoorUnlearning):
+        def logits(self, module, images):
+            return module(images)[:, :1]
+
+    counts = Counts()
+    callback = Narrow(TensorDataset(setting.victim.clean.tensors[0][30:]), **UNKNOWN)
+    with pytest.raises(ValueError, match="expected logits of shape"):
+        setting.trainer(counts, callback).fit(setting.model(), setting.loader())
+    assert counts.batches == 0
 
 
 # What the report says

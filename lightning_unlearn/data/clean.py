@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
 from lightning_unlearn.data.holdout_datamodule import HoldoutDataModule
-from lightning_unlearn.data.labels import item_parts, overlap
+from lightning_unlearn.data.labels import is_unlabelled, item_parts, overlap
 from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.data.unlabelled import PredictedLabels
+from lightning_unlearn.intact import intact
 from lightning_unlearn.processes import ALONE, Processes
 from lightning_unlearn.triggers import Normalization, Trigger, find_normalization
 
@@ -32,6 +34,7 @@ class CleanImages:
             LightningDataModule, whose ``train_dataloader`` is drawn from and whose ``test_dataloader``, if it has
             one, is the test part.
         module: the model that the images are for.
+        logits: how to get logits from images, for images without labels: the model's own answers stand in for them.
         samples_per_class: clean images drawn per class; None for all. Not used for a :class:`HoldoutDataModule`.
         validation_share: as for :class:`HoldoutDataModule`; not used for one.
         seed: seed of the draw; not used for a :class:`HoldoutDataModule`.
@@ -46,6 +49,7 @@ class CleanImages:
         data: LightningDataModule | Dataset[Any] | DataLoader[Any],
         module: LightningModule,
         *,
+        logits: Callable[[Tensor], Tensor] | None = None,
         samples_per_class: int | None = 10,
         validation_share: float = 0.1,
         seed: int = 0,
@@ -53,11 +57,16 @@ class CleanImages:
         self.module = module
         self._hooks: DataHooks = data if isinstance(data, LightningDataModule) else module
         self._collate: Any = None
+        self.labels: Literal["given", "predicted"] = "given"
         test_loader: DataLoader[Any] | None = None
         if isinstance(data, HoldoutDataModule):
             self.holdout = data
         else:
             pool, test_loader = self._open(data)
+            if logits is not None and is_unlabelled(pool):
+                self.labels = "predicted"
+                self._collate = None  # what made batches of images alone
+                pool = PredictedLabels(pool, lambda images: self._predicted(images, logits))
             self.holdout = HoldoutDataModule(
                 pool,
                 samples_per_class=samples_per_class,
@@ -97,6 +106,10 @@ class CleanImages:
             "clean_data: expected a LightningDataModule of lightning.pytorch, a Dataset, a DataLoader, or a DataModule "
             f"whose train_dataloader gives one DataLoader, but got {type(data).__module__}.{type(data).__name__}."
         )
+
+    def _predicted(self, images: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+        with intact(self.module), torch.no_grad():
+            return logits(images.to(self.module.device, self.module.dtype))  # type: ignore[arg-type]  # as in `test`
 
     @property
     def has_test(self) -> bool:

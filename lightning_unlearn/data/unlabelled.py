@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_unlearn.data.labels import AnyDataset
 
-__all__ = ["PredictedLabels"]
+__all__ = ["PredictedLabels", "first_image"]
 
 
 class PredictedLabels(Dataset[tuple[Any, int]]):
@@ -46,6 +46,11 @@ class PredictedLabels(Dataset[tuple[Any, int]]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """An image with the class that it was given."""
         return _image(self.dataset[index]), int(self.targets[index])
+
+
+def first_image(dataset: AnyDataset) -> Tensor:
+    """The first image of a dataset without labels, as a batch."""
+    return _stack([dataset[0]])
 
 
 def _image(item: Any) -> Any:
