@@ -77,7 +77,7 @@ class BackdoorUnlearning(Callback):
             audited first, left alone bit for bit if it looks clean, and else repaired against estimated triggers.
         method: the repair method; :class:`MaskPrune` by default, for an unknown trigger in an :class:`Alternation`.
         evaluation_trigger: the real trigger of an experiment in which the repair is not to know it: only the report's
-            rates are measured with it.
+            rates are measured with it, if ``clean_data`` has test images.
         auditor: how to estimate an unknown trigger, with its ``max_time``.
         samples_per_class: clean images drawn per class, None for all there are; a HoldoutDataModule draws by itself.
         validation_share: the part of each class that validates, at least one image; a HoldoutDataModule splits by
@@ -430,6 +430,11 @@ class BackdoorUnlearning(Callback):
                 if trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False):
                     raise SIGTERMException(128 + signal.SIGTERM)  # Lightning's own says that all went well: code 0
 
+            def on_progress(stage: str, done: int, total: int) -> None:
+                show_stage(stage, done, total)
+                if processes.count == 1 and trainer.received_sigterm:  # several ask each other, at the next round
+                    raise SIGTERMException(128 + signal.SIGTERM)
+
             result = repair_split(
                 module,
                 split,
@@ -443,7 +448,7 @@ class BackdoorUnlearning(Callback):
                 auditor=self.auditor,
                 forward=forward,
                 on_round=on_round,
-                on_progress=show_stage,
+                on_progress=on_progress,
                 processes=processes,
             )
         if self._held is not None:  # fine-tuning held this repair's filters, not those of earlier ones

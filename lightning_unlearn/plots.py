@@ -119,7 +119,8 @@ def _draw_rounds(axes: Axes, report: Report) -> None:
         axes.axvline(of_stage[-1] + 0.5, color="0.8", linewidth=0.8, zorder=0)
         if len(of_stage) > 1:
             axes.annotate(stage, (sum(of_stage) / len(of_stage), 0.5), color="0.4", ha="center")
-    axes.set(xlabel="round (validation images; dots: after, dashed: before)", ylabel="rate", ylim=(-0.03, 1.03))
+    measured = "validation images" if report.estimated_asr is None else "validation images, estimated trigger"
+    axes.set(xlabel=f"round ({measured}; dots: after, dashed: before)", ylabel="rate", ylim=(-0.03, 1.03))
     axes.legend(loc="center right")
 
 
