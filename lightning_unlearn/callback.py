@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import re
-import signal
-import warnings
-from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]  # public, but re-exported implicitly
     rank_zero_info,
     rank_zero_warn,
@@ -25,19 +20,16 @@ from typing_extensions import override
 
 from lightning_unlearn.auditor import Auditor, in_pixels
 from lightning_unlearn.companions import callbacks_of, refuse_companions, refuse_strategy
-from lightning_unlearn.data.clean import CleanImages
+from lightning_unlearn.data.clean import CleanImages, refuse_training_data
 from lightning_unlearn.data.labels import is_unlabelled
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.data.unlabelled import first_image
-from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
+from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
-from lightning_unlearn.logs import log_pictures, log_report, log_round
-from lightning_unlearn.methods import RepairMethod, Round
+from lightning_unlearn.methods import RepairMethod
 from lightning_unlearn.methods.base import check_range
-from lightning_unlearn.processes import Processes
-from lightning_unlearn.progress import round_progress, stage_progress
-from lightning_unlearn.repair import Split, refuse_missing_classes, repair_split
+from lightning_unlearn.repair import refuse_missing_classes
 from lightning_unlearn.report import Report
 from lightning_unlearn.saving import (
     NO_BEST,
@@ -50,6 +42,7 @@ from lightning_unlearn.saving import (
     save_report,
     warn_of_unrepaired,
 )
+from lightning_unlearn.session import Session
 from lightning_unlearn.triggers import Trigger
 from lightning_unlearn.verdict import Audit
 
@@ -207,19 +200,7 @@ class BackdoorUnlearning(Callback):
         refuse_companions(trainer, self)
         if self.source == "best" and not isinstance(trainer.checkpoint_callback, ModelCheckpoint):
             raise MisconfigurationException(NO_BEST)
-        data = self.clean_data
-        if isinstance(data, LightningDataModule):
-            if data is trainer.datamodule:  # type: ignore[attr-defined]  # set by the Trainer's connector
-                raise ValueError(
-                    "clean_data: it is the training DataModule itself, which may be poisoned; give held-out clean "
-                    "images."
-                )
-            if "_instantiator" in data.hparams:
-                raise MisconfigurationException(
-                    f"clean_data: LightningCLI gave {type(data).__name__} hyper-parameters that may be the training "
-                    "DataModule's instead of its own; create the CLI with load_from_checkpoint_support=False, as "
-                    "`lightning-unlearn fit` does."
-                )
+        refuse_training_data(self.clean_data, trainer.datamodule)  # type: ignore[attr-defined]  # set by the Trainer's connector
         if self._pointers is not None:
             self._pointers.restore()
         self.report = self._held = self._mask = self._pointers = self._left_with = None
@@ -241,14 +222,15 @@ class BackdoorUnlearning(Callback):
                 clean.refuse_training_images(loader.dataset)
         given = self.evaluation_trigger if self.trigger is None else self.trigger
         trigger = None if given is None else clean.fit_trigger(given)
-        num_classes = self._try(pl_module, clean.first()[0])
-        parts = clean.scoring(), clean.validation()
-        refuse_missing_classes(*(labels for _, labels in parts), num_classes=num_classes)
-        for part in parts:
-            if trigger is not None:
-                Pairs.stamp(*part, trigger, num_classes=num_classes)
-            if self.trigger is None:
-                in_pixels(part[0], clean.normalization)
+        with intact(pl_module):  # so that training draws what it would have drawn
+            num_classes = self._try(pl_module, clean.first()[0])
+            parts = clean.scoring(), clean.validation()
+            refuse_missing_classes(*(labels for _, labels in parts), num_classes=num_classes)
+            for part in parts:
+                if trigger is not None:
+                    Pairs.stamp(*part, trigger, num_classes=num_classes)
+                if self.trigger is None:
+                    in_pixels(part[0], clean.normalization)
 
     def _try(self, module: LightningModule, images: Tensor) -> int:
         """Run the model on images, and find its filters; the number of classes."""
@@ -403,72 +385,17 @@ class BackdoorUnlearning(Callback):
             ...         self.report = self.unlearning.unlearn(trainer, pl_module)
         """
         refuse_strategy(trainer)
-        processes = Processes.current(module.device)
-        clean = self.clean_images(module)
-        trigger = None if self.trigger is None else clean.fit_trigger(self.trigger)
-        real = trigger if self.evaluation_trigger is None else clean.fit_trigger(self.evaluation_trigger)
-
-        def forward(images: Tensor) -> Tensor:
-            return self.logits(module, images)
-
-        processes.align(module)
-        split = Split(clean.scoring(), clean.validation())
-        with intact(module), torch.no_grad():
-            images, labels = (part[:8] for part in split.scoring)
-            num_classes = logits_of(forward, images[:1].to(module.dtype)).shape[1]
-            if real is not None:
-                log_pictures(trainer, Pairs.stamp(images, labels, real, num_classes=num_classes), real)
-        before = self._test(clean, real, forward, num_classes, processes)
-        with round_progress(trainer) as show, stage_progress(trainer) as show_stage:
-            pruned = 0
-
-            def on_round(done: Round) -> None:
-                nonlocal pruned
-                pruned = len(done.pruned) + (pruned if done.round > 1 else 0)  # a second try begins at round 1
-                show(done)
-                log_round(trainer, done, pruned)
-                if trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False):
-                    raise SIGTERMException(128 + signal.SIGTERM)  # Lightning's own says that all went well: code 0
-
-            def on_progress(stage: str, done: int, total: int) -> None:
-                show_stage(stage, done, total)
-                if processes.count == 1 and trainer.received_sigterm:  # several ask each other, at the next round
-                    raise SIGTERMException(128 + signal.SIGTERM)
-
-            result = repair_split(
-                module,
-                split,
-                trigger=trigger,
-                normalization=clean.normalization,
-                method=self.method,
-                seed=self.seed,
-                batch_size=self.batch_size,
-                force=self.force,
-                min_asr=self.min_asr,
-                auditor=self.auditor,
-                forward=forward,
-                on_round=on_round,
-                on_progress=on_progress,
-                processes=processes,
-            )
-        if self._held is not None:  # fine-tuning held this repair's filters, not those of earlier ones
-            result.mask.load_state_dict(self._held.state_dict())
-        if result.audit is not None:
-            pairs = Pairs.stamp(images, labels, result.trigger, num_classes=num_classes)
-            log_pictures(trainer, pairs, result.trigger, "estimated_trigger")
-        processes.align(module)
-        after = self._test(clean, real, forward, num_classes, processes)
-        test = None if before is None or after is None else (before, after)
-        report = Report.of(
-            result,
-            trigger,
-            samples_per_class=clean.holdout.samples_per_class,
+        result, report = self._session(trainer, module).repair(
+            trigger=self.trigger,
+            evaluation_trigger=self.evaluation_trigger,
+            method=self.method,
             seed=self.seed,
-            test=test,
-            labels=clean.labels,
+            batch_size=self.batch_size,
+            force=self.force,
+            min_asr=self.min_asr,
+            auditor=self.auditor,
+            held=self._held,
         )
-        report = trainer.strategy.broadcast(report)
-        log_report(trainer, report)
         self._mask, self._held = result.mask.state_dict(), result.mask
         return report
 
@@ -482,22 +409,10 @@ class BackdoorUnlearning(Callback):
         Raises:
             ValueError: as :func:`~lightning_unlearn.audit` does.
         """
-        clean = self.clean_images(module)
-        (images, labels), (held_out, _) = clean.scoring(), clean.validation()
-        with intact(module), stage_progress(trainer) as show:
-            found = (self.auditor or Auditor(seed=self.seed)).audit(
-                lambda x: self.logits(module, x.to(module.dtype)),
-                images,
-                labels,
-                held_out=held_out,
-                normalization=clean.normalization,
-                on_progress=show,
-            )
-        found = replace(trainer.strategy.broadcast(found), labels=clean.labels)
-        trigger = found.trigger if clean.normalization is None else found.trigger.normalized(clean.normalization)
-        pairs = Pairs.stamp(images[:8], labels[:8], trigger.to(images.device), num_classes=found.num_classes)
-        log_pictures(trainer, pairs, trigger, "estimated_trigger")
-        return found
+        return self._session(trainer, module).audit(self.auditor or Auditor(seed=self.seed))
+
+    def _session(self, trainer: Trainer, module: LightningModule) -> Session:
+        return Session(trainer, module, self.clean_images(module), lambda images: self.logits(module, images))
 
     def clean_images(self, module: LightningModule) -> CleanImages:
         """The clean images that are drawn for a module."""
@@ -509,16 +424,6 @@ class BackdoorUnlearning(Callback):
             validation_share=self.validation_share,
             seed=self.seed,
         )
-
-    def _test(
-        self, clean: CleanImages, trigger: Trigger | None, forward: Any, num_classes: int, processes: Processes
-    ) -> Evaluation | None:
-        if not clean.has_test:
-            return None
-        with intact(clean.module), warnings.catch_warnings():
-            if trigger is None:  # then no image counts for its rates, which is no fault of the images
-                warnings.filterwarnings("ignore", message="The .* has no image to count")
-            return evaluate(forward, clean.test(trigger, num_classes, processes), processes)
 
 
 def _unlabelled(data: object) -> Dataset[Any] | None:

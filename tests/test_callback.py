@@ -447,7 +447,7 @@ def test_test_data_is_not_read_while_repairing(fit, parts, monkeypatch):
         reads.append(recorded.reads)
         return result
 
-    monkeypatch.setattr("lightning_unlearn.callback.repair_split", watched)
+    monkeypatch.setattr("lightning_unlearn.session.repair_split", watched)
     callback, _, _ = fit(HoldoutDataModule(parts[1], samples_per_class=4, test_dataset=recorded))
     assert reads == [18, 18]  # once before the repair, for the rates before
     assert recorded.reads == 36

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.transforms import Normalize
 
 from lightning_unlearn import BackdoorUnlearning, HoldoutDataModule
-from lightning_unlearn import callback as callback_module
+from lightning_unlearn import session as session_module
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, RepairMethod
 from lightning_unlearn.triggers import BlendTrigger, FunctionTrigger, PatchTrigger, Trigger, TriggerPool
@@ -239,8 +239,8 @@ def test_the_evaluation_trigger_never_reaches_the_repair(setting, monkeypatch):
         finally:
             monkeypatch.setattr(Watched, "repairing", False)
 
-    repair_split = callback_module.repair_split
-    monkeypatch.setattr(callback_module, "repair_split", watched)
+    repair_split = session_module.repair_split
+    monkeypatch.setattr(session_module, "repair_split", watched)
     callback, _ = fit(setting, clean_data=held_out(setting), evaluation_trigger=real, method=spy)
     assert callback.report.status == "repaired"
     ((args, kwargs),) = given

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -20,7 +21,7 @@ from lightning_unlearn.intact import intact
 from lightning_unlearn.processes import ALONE, Processes
 from lightning_unlearn.triggers import Normalization, Trigger, find_normalization
 
-__all__ = ["CleanImages"]
+__all__ = ["CleanImages", "refuse_training_data"]
 
 
 class CleanImages:
@@ -215,3 +216,28 @@ def _shared(loader: DataLoader[Any] | None, processes: Processes) -> Iterable[An
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
     )
+
+
+def refuse_training_data(data: object, training: object) -> None:
+    """Refuse clean data that is the training data itself, or may be by a quirk of LightningCLI.
+
+    Args:
+        data: the clean data.
+        training: the Trainer's DataModule, if it has one.
+
+    Raises:
+        ValueError: if they are one.
+        MisconfigurationException: if LightningCLI may have given it the other one's hyper-parameters.
+    """
+    if not isinstance(data, LightningDataModule):
+        return
+    if data is training:
+        raise ValueError(
+            "clean_data: it is the training DataModule itself, which may be poisoned; give held-out clean images."
+        )
+    if "_instantiator" in data.hparams:
+        raise MisconfigurationException(
+            f"clean_data: LightningCLI gave {type(data).__name__} hyper-parameters that may be the training "
+            "DataModule's instead of its own; create the CLI with load_from_checkpoint_support=False, as "
+            "`lightning-unlearn fit` does."
+        )

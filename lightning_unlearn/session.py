@@ -1,0 +1,171 @@
+"""A module on a Trainer's devices: audited, repaired and measured there, with bars and logs as it goes on."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+from lightning_unlearn.auditor import Auditor
+from lightning_unlearn.data.clean import CleanImages
+from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.draw import Split
+from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
+from lightning_unlearn.filters import FilterMask
+from lightning_unlearn.intact import intact
+from lightning_unlearn.logs import log_pictures, log_report, log_round
+from lightning_unlearn.methods import RepairMethod, Round
+from lightning_unlearn.processes import Processes
+from lightning_unlearn.progress import round_progress, stage_progress
+from lightning_unlearn.repair import RepairResult, repair_split
+from lightning_unlearn.report import Report
+from lightning_unlearn.triggers import Trigger
+from lightning_unlearn.verdict import Audit
+
+__all__ = ["Session"]
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """What an audit or a repair under a Trainer works with.
+
+    Args:
+        trainer: whose strategy, loggers and progress bar are used.
+        module: the module, on the Trainer's device.
+        clean: the clean images that the defender holds.
+        logits: (N, C, H, W) images to (N, classes) logits, through the module.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    clean: CleanImages
+    logits: Callable[[Tensor], Tensor]
+
+    def audit(self, auditor: Auditor) -> Audit:
+        """Audit the module; it is left as it is."""
+        clean, dtype = self.clean, self.module.dtype
+        (images, labels), (held_out, _) = clean.scoring(), clean.validation()
+        with intact(self.module), stage_progress(self.trainer) as show:
+            found = auditor.audit(
+                lambda x: self.logits(x.to(dtype)),
+                images,
+                labels,
+                held_out=held_out,
+                normalization=clean.normalization,
+                on_progress=show,
+            )
+        found = replace(self.trainer.strategy.broadcast(found), labels=clean.labels)
+        trigger = found.trigger if clean.normalization is None else found.trigger.normalized(clean.normalization)
+        self._log_pictures((images, labels), trigger.to(images.device), found.num_classes, "estimated_trigger")
+        return found
+
+    def repair(
+        self,
+        *,
+        trigger: Trigger | None,
+        evaluation_trigger: Trigger | None,
+        method: RepairMethod | None,
+        seed: int,
+        batch_size: int,
+        force: bool,
+        min_asr: float,
+        auditor: Auditor | None,
+        held: FilterMask | None,
+    ) -> tuple[RepairResult, Report]:
+        """Repair the module, log what is done, and report it; nothing is written but logs.
+
+        Args:
+            trigger: as for :func:`~lightning_unlearn.repair`; the dataset's normalisation is told to it.
+            evaluation_trigger: what rates are measured with where ``trigger`` is unknown.
+            method: as for :func:`~lightning_unlearn.repair`.
+            seed: as for :func:`~lightning_unlearn.repair`.
+            batch_size: as for :func:`~lightning_unlearn.repair`.
+            force: as for :func:`~lightning_unlearn.repair`.
+            min_asr: as for :func:`~lightning_unlearn.repair`.
+            auditor: as for :func:`~lightning_unlearn.repair`.
+            held: what earlier repairs pruned, and must stay so.
+
+        Returns:
+            What was done, and its report, the first process's on all.
+        """
+        trainer, module, clean = self.trainer, self.module, self.clean
+        processes = Processes.current(module.device)
+        trigger = None if trigger is None else clean.fit_trigger(trigger)
+        real = trigger if evaluation_trigger is None else clean.fit_trigger(evaluation_trigger)
+        processes.align(module)
+        split = Split(clean.scoring(), clean.validation())
+        with intact(module), torch.no_grad():
+            num_classes = logits_of(self.logits, split.scoring[0][:1].to(module.dtype)).shape[1]
+        if real is not None:
+            self._log_pictures(split.scoring, real, num_classes)
+        before = self._test(real, num_classes, processes)
+        with round_progress(trainer) as show, stage_progress(trainer) as show_stage:
+            pruned = 0
+
+            def on_round(done: Round) -> None:
+                nonlocal pruned
+                pruned = len(done.pruned) + (pruned if done.round > 1 else 0)  # a second try begins at round 1
+                show(done)
+                log_round(trainer, done, pruned)
+                if trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False):
+                    raise SIGTERMException(128 + signal.SIGTERM)  # Lightning's own says that all went well: code 0
+
+            def on_progress(stage: str, done: int, total: int) -> None:
+                show_stage(stage, done, total)
+                if processes.count == 1 and trainer.received_sigterm:  # several ask each other, at the next round
+                    raise SIGTERMException(128 + signal.SIGTERM)
+
+            result = repair_split(
+                module,
+                split,
+                trigger=trigger,
+                normalization=clean.normalization,
+                method=method,
+                seed=seed,
+                batch_size=batch_size,
+                force=force,
+                min_asr=min_asr,
+                auditor=auditor,
+                forward=self.logits,
+                on_round=on_round,
+                on_progress=on_progress,
+                processes=processes,
+            )
+        if held is not None:  # fine-tuning held this repair's filters, not those of earlier ones
+            result.mask.load_state_dict(held.state_dict())
+        if result.audit is not None:
+            self._log_pictures(split.scoring, result.trigger, num_classes, "estimated_trigger")
+        processes.align(module)
+        after = self._test(real, num_classes, processes)
+        report = Report.of(
+            result,
+            trigger,
+            samples_per_class=clean.holdout.samples_per_class,
+            seed=seed,
+            test=None if before is None or after is None else (before, after),
+            labels=clean.labels,
+        )
+        report = trainer.strategy.broadcast(report)
+        log_report(trainer, report)
+        return result, report
+
+    def _test(self, trigger: Trigger | None, num_classes: int, processes: Processes) -> Evaluation | None:
+        """The module as it is now on test images, if there are any."""
+        if not self.clean.has_test:
+            return None
+        with intact(self.module), warnings.catch_warnings():
+            if trigger is None:  # then no image counts for its rates, which is no fault of the images
+                warnings.filterwarnings("ignore", message="The .* has no image to count")
+            return evaluate(self.logits, self.clean.test(trigger, num_classes, processes), processes)
+
+    def _log_pictures(
+        self, part: tuple[Tensor, Tensor], trigger: Trigger, num_classes: int, name: str = "trigger"
+    ) -> None:
+        images, labels = (tensor[:8] for tensor in part)
+        log_pictures(self.trainer, Pairs.stamp(images, labels, trigger, num_classes=num_classes), trigger, name)
