@@ -33,10 +33,10 @@ def verdict(monkeypatch):
     def set_to(score, target=0):
         judged = audits.judged
 
-        def scored(found, individual):
+        def scored(found, individual, usual):
             return tuple(
                 dataclasses.replace(entry, score=score if entry.target == target else 0.1)
-                for entry in judged(found, individual)
+                for entry in judged(found, individual, usual)
             )
 
         monkeypatch.setattr(audits, "judged", scored)
