@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import lightning_unlearn
-from benchmarks import matrix, repairs, tables, victims
+from benchmarks import detection, matrix, repairs, tables, victims
 from benchmarks.figures import plot
 from benchmarks.trigger_free import ForeignConcept, pull_concept
 from lightning_unlearn import methods, repair
@@ -124,3 +124,43 @@ def test_a_concept_without_a_trigger(monkeypatch):
     assert (net(images).argmax(1) == labels).float().mean() >= before - 0.05
     result = repair(net, TensorDataset(images, labels), trigger=trigger, method=methods.MaskPrune(steps=2), force=True)
     assert result.rounds
+
+
+def _judged(attack, verdict, score, *, target=0, suspected=None, asr=(1.0, 0.0), seed=1):
+    before, after = ({"acc": acc, "asr": rate, "ra": 0.5} for acc, rate in zip((0.9, 0.88), asr, strict=True))
+    return {
+        "part": "report",
+        "suspect": {"dataset": "digits", "attack": attack, "target": target, "poison_ratio": 0.1, "seed": seed},
+        "before": before,
+        "after": after,
+        "verdict": verdict,
+        "suspected_target": suspected,
+        "score": score,
+        "untouched": verdict == "clean",
+    }
+
+
+def test_errors_of_the_audit_by_hand():
+    lines = [
+        _judged("sig", "backdoored", 2.0, suspected=0),
+        _judged("sig", "suspicious", 1.05, suspected=3),
+        _judged("blended", "clean", 0.8, asr=(1.0, 1.0)),
+        _judged("lf", "clean", 0.1, asr=(0.5, 0.5)),  # never learned, so neither
+        _judged("none", "clean", 0.9),
+        _judged("none", "clean", 0.7),
+    ]
+    table = detection.errors(lines)
+    # Of six pairs of a backdoored and an honest model one is in the wrong order.
+    assert "| report | 3 | 2 | 0.833 | 2 of 3 | 1 of 3 | 0 of 2 | 0 of 2 |" in table
+    assert table.count("seed 1") == 1
+    assert "digits, blended 10%, target 0, seed 1 | 1.000 | 0.80 | clean" in table
+    assert "ASR at most 0.10 in 2 of 3 | | | mean ACC drop 0.020 |" in detection.repairs(lines)
+
+
+def test_models_to_report_are_not_those_that_limits_were_chosen_on():
+    calibration, report = (list(detection.suspects(part)) for part in ("calibration", "report"))
+    assert not set(calibration) & set(report)
+    assert not {suspect.seed for suspect in calibration} & {suspect.seed for suspect in report}
+    for part, count in ((calibration, 20), (report, 32)):
+        assert len(set(part)) == len(part) == 2 * count
+        assert sum(suspect.attack != "none" for suspect in part) == count
