@@ -50,7 +50,7 @@ def config(name: str) -> dict[str, Any]:
 def test_every_example_is_run_here():
     names = {path.name for path in EXAMPLES.iterdir() if not path.name.startswith(("_", "."))}
     assert names == {
-        *("cifar10.yaml", "compare_digits.yaml", "finetune_own_model.py", "fit_digits.yaml"),
+        *("audit_digits.yaml", "cifar10.yaml", "compare_digits.yaml", "finetune_own_model.py", "fit_digits.yaml"),
         *("grad_prune_taylor.yaml", "repair_digits.yaml"),
     }
 
@@ -81,14 +81,19 @@ def test_grad_prune_taylor():
     assert "unlearn/asr_after" in Path("runs/grad_prune_taylor/csv/version_0/metrics.csv").read_text()
 
 
-def test_repair_digits():
+def finished(*, steps: int = 1) -> Path:
+    """A checkpoint where examples/fit_digits.yaml leaves its own."""
     saver = ModelCheckpoint("runs/fit_digits/checkpoints", filename="original")
     trainer = L.Trainer(
-        callbacks=[saver], max_steps=1, limit_val_batches=0, accelerator="cpu", logger=False,
+        callbacks=[saver], max_steps=steps, limit_val_batches=0, accelerator="cpu", logger=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(ConvClassifier(**config("fit_digits.yaml")["model"]["init_args"]), DataLoader(Digits(), batch_size=50))
-    path = Path("runs/fit_digits/checkpoints/original.ckpt")
+    return Path("runs/fit_digits/checkpoints/original.ckpt")
+
+
+def test_repair_digits():
+    path = finished()
     original = path.read_bytes()
     done = main(
         [
@@ -100,6 +105,26 @@ def test_repair_digits():
     assert (done.method, done.measured_on) == ("MaskPrune", "test")
     assert report("runs/repair_digits") == done.to_dict()
     assert path.read_bytes() == original
+
+
+def test_audit_digits():
+    path = finished(steps=40)
+    original = path.read_bytes()
+    words = [f"--config={EXAMPLES / 'audit_digits.yaml'}", f"--ckpt_path={path}", "--unlearning.auditor.steps=2"]
+    found = main(["audit", *words, "--output-dir=runs/audit_digits"])
+    assert len(found.classes) == 10
+    assert json.loads(Path("runs/audit_digits/audit.json").read_text())["verdict"] == found.verdict
+    method = "--unlearning.method=FineTuning", "--unlearning.method.max_epochs=1"
+    done = main(["repair", *words, "--output-dir=runs/repair_unknown", "--unlearning.force=true", *method])
+    assert (done.trigger, done.measured_on, done.verdict) == ("unknown", "test", found.verdict)
+    assert report("runs/repair_unknown") == done.to_dict()
+    assert path.read_bytes() == original
+
+
+def test_audit_digits_audits_what_fit_digits_leaves():
+    fit, audit = config("fit_digits.yaml"), config("audit_digits.yaml")
+    assert fit["model"] == audit["model"]
+    assert fit["trainer"]["callbacks"][-1]["init_args"]["trigger"] == audit["unlearning"]["evaluation_trigger"]
 
 
 def test_repair_digits_repairs_what_fit_digits_leaves():
