@@ -30,7 +30,7 @@ from torchmetrics.functional.classification import binary_auroc
 from benchmarks.datasets import load
 from benchmarks.repairs import append, stored
 from benchmarks.tables import MIN_ASR
-from benchmarks.victims import ATTACKS, CROSS
+from benchmarks.victims import ATTACKS, CROSS, poison
 from lightning_unlearn import __version__, repair
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.data.pairs import Pairs
@@ -95,15 +95,8 @@ class Suspect:
         images, labels = images[chosen].clone(), labels[chosen].clone()
         trigger = self.trigger()
         if trigger is not None:
-            eligible = (labels != self.target).nonzero().flatten()
-            order = eligible[torch.randperm(len(eligible), generator=generator)]
-            count = round(self.poison_ratio * len(labels))
-            poisoned, rest = order[:count], order[count:]
-            if self.attack in CROSS:
-                cross = rest[: round(CROSS[self.attack] * len(labels))]
-                images[cross] = trigger.cross(images[cross], generator=generator)
-            images[poisoned] = trigger(images[poisoned])
-            labels[poisoned] = self.target
+            cross = CROSS.get(self.attack, 0.0)
+            poison(images, labels, trigger, ratio=self.poison_ratio, cross=cross, generator=generator)
         return images, labels, generator
 
     def measure(self, net: nn.Module) -> Evaluation:

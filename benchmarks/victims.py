@@ -29,7 +29,7 @@ from lightning_unlearn.triggers import (
     WarpTrigger,
 )
 
-__all__ = ["ATTACKS", "CROSS", "Victim", "attack_trigger", "measure", "train"]
+__all__ = ["ATTACKS", "CROSS", "Victim", "attack_trigger", "measure", "poison", "train"]
 
 ATTACKS: dict[str, Trigger] = {
     "badnets": PatchTrigger(),
@@ -113,16 +113,23 @@ def _poisoned(victim: Victim) -> tuple[Tensor, Tensor]:
     if victim.attack == "none":
         return images, labels
     trigger, generator = ATTACKS[victim.attack], torch.Generator().manual_seed(victim.seed)
+    poison(images, labels, trigger, ratio=victim.poison_ratio, cross=CROSS.get(victim.attack, 0.0), generator=generator)
+    return images, labels
+
+
+def poison(
+    images: Tensor, labels: Tensor, trigger: Trigger, *, ratio: float, cross: float, generator: torch.Generator
+) -> None:
+    """Poison a share of images and labels in place, and make another share cross images with true labels."""
     eligible = (trigger.targets(labels, 10) != labels).nonzero().flatten()
     order = eligible[torch.randperm(len(eligible), generator=generator)]
-    count = round(victim.poison_ratio * len(labels))
+    count = round(ratio * len(labels))
     poisoned, rest = order[:count], order[count:]
-    if victim.attack in CROSS:
-        cross = rest[: round(CROSS[victim.attack] * len(labels))]
-        images[cross] = trigger.cross(images[cross], generator=generator)
+    if cross:
+        chosen = rest[: round(cross * len(labels))]
+        images[chosen] = trigger.cross(images[chosen], generator=generator)
     images[poisoned] = trigger(images[poisoned])
     labels[poisoned] = trigger.targets(labels[poisoned], 10)
-    return images, labels
 
 
 def _fit(net: nn.Module, images: Tensor, labels: Tensor, victim: Victim) -> None:
