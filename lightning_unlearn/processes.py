@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -91,12 +91,25 @@ class Processes:
         distributed.broadcast(message, src=0)
         return message.to(tensor.device)
 
-    def first_of_any(self, value: _T) -> _T:
-        """The first process's value of anything that can be pickled, its tensors on the devices they had there."""
+    def outcome_of_first(self, work: Callable[[], _T]) -> _T:
+        """What work that asks nothing of other processes comes to on the first one: its value, or its ValueError.
+
+        For what hangs on a clock, or on rounding. All do the work, so that no process waits long for another.
+
+        Args:
+            work: whose value can be pickled; tensors in it stay on the devices that they had on the first process.
+        """
         if self.count == 1:
-            return value
-        message = [value]
+            return work()
+        outcome: _T | ValueError
+        try:
+            outcome = work()
+        except ValueError as error:  # any other is none to go on after, whatever the first process does
+            outcome = error
+        message = [outcome]
         distributed.broadcast_object_list(message, src=0, device=torch.device(self.device))
+        if isinstance(message[0], ValueError):
+            raise message[0]
         return message[0]
 
     @torch.no_grad()

@@ -240,8 +240,9 @@ def repair_split(
         audit: Audit | None = None
         if trigger is None:
             with watch.measure("estimate"):
-                audit = _audit(auditor or Auditor(seed=seed), forward, parts, first, normalization, on_progress)
-                audit = processes.first_of_any(audit)  # estimates on several devices differ by rounding
+                audit = processes.outcome_of_first(
+                    lambda: _audit(auditor or Auditor(seed=seed), forward, parts, first, normalization, on_progress)
+                )
             trigger = audit.trigger.to(first.device)
             trigger = trigger if normalization is None else trigger.normalized(normalization)
             if method is None or (method.needs_trigger and not isinstance(method, Alternation)):

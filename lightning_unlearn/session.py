@@ -6,6 +6,7 @@ import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -52,7 +53,8 @@ class Session:
         clean, dtype = self.clean, self.module.dtype
         (images, labels), (held_out, _) = clean.scoring(), clean.validation()
         with intact(self.module), stage_progress(self.trainer) as show:
-            found = auditor.audit(
+            examine = partial(
+                auditor.audit,
                 lambda x: self.logits(x.to(dtype)),
                 images,
                 labels,
@@ -60,7 +62,8 @@ class Session:
                 normalization=clean.normalization,
                 on_progress=show,
             )
-        found = replace(self.trainer.strategy.broadcast(found), labels=clean.labels)
+            found = Processes.current(self.module.device).outcome_of_first(examine)
+        found = replace(found, labels=clean.labels)
         trigger = found.trigger if clean.normalization is None else found.trigger.normalized(clean.normalization)
         self._log_pictures((images, labels), trigger.to(images.device), found.num_classes, "estimated_trigger")
         return found

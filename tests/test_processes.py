@@ -9,11 +9,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,13 +24,14 @@ from torch import distributed, multiprocessing, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn import methods
+from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.data import Digits
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.draw import Split
 from lightning_unlearn.evaluation import evaluate
 from lightning_unlearn.filters import find_filters, score_filters
-from lightning_unlearn.methods import FineTuning, GradPrune, MaskPrune, RepairMethod, RepairTask, Round
+from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, MaskPrune, RepairMethod, RepairTask, Round
 from lightning_unlearn.processes import ALONE, Processes
 from lightning_unlearn.repair import repair_split
 from lightning_unlearn.triggers import PatchTrigger
@@ -135,6 +139,26 @@ class _Work:
             return str(error)
         return "nothing"
 
+    def hurried(self, rank: int, *, method: RepairMethod | None, **options: Any) -> str:
+        """How a repair by estimates goes if the clock of one process is far ahead of the others'."""
+        step = 1e6 if self.processes.rank == rank else 0.0
+        with patch.object(time, "monotonic", count_from(0.0, step).__next__):
+            try:
+                result = repair_split(
+                    self.net(), split(), method=method, force=True, processes=self.processes, **options
+                )
+            except ValueError as error:
+                return str(error)
+        return result.status
+
+    def clocks(self) -> list[list[str]]:
+        soon, never = Auditor(steps=5, max_time=1), Auditor(steps=5)
+        again = Alternation(SHORT, auditor=soon, accuracy_drop=1.0)
+        return [
+            [self.hurried(rank, method=SHORT, auditor=soon), self.hurried(rank, method=again, auditor=never)]
+            for rank in range(self.processes.count)
+        ]
+
     def all(self) -> dict[str, Any]:
         found: dict[str, Any] = {f"measured {count}": self.measured(count) for count in (31, 3)}
         found |= {"scores": self.scores(together=True), "scores apart": self.scores(together=False)}
@@ -143,8 +167,8 @@ class _Work:
         if self.processes.count > 1:
             (images, labels), validation = split().scoring, split().validation
             missing = self.processes.rank
-            anything = self.processes.first_of_any({"rank": missing, "trigger": PatchTrigger(size=1 + missing)})
-            found["first of any"] = [anything["rank"], repr(anything["trigger"])]
+            anything = self.processes.outcome_of_first(lambda: (missing, PatchTrigger(size=1 + missing)))
+            found["of first"] = [anything[0], repr(anything[1])]
             found["mistaken"] = self.refused(Mistaken())
             found["other images"] = self.refused(SHORT, Split((images[missing:], labels[missing:]), validation))
         return found
@@ -156,7 +180,7 @@ def _process(rank: int, folder: Path, count: int, task: str) -> None:
         "gloo", f"file://{folder}/{task}-{count}", timedelta(seconds=60), world_size=count, rank=rank
     )
     work = _Work(folder, Processes.current())
-    found = work.all() if task == "all" else work.repaired(Failing())
+    found = {"all": work.all, "clocks": work.clocks, "fail": lambda: work.repaired(Failing())}[task]()
     (folder / f"{task}-{count}-{rank}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
 
@@ -255,7 +279,7 @@ def test_other_images_on_one_process_are_refused(results, count):
 @pytest.mark.parametrize("count", [2, 4])
 def test_anything_can_be_had_of_the_first(results, count):
     for found in results[count]:
-        assert found["first of any"] == [0, repr(PatchTrigger(size=1))]
+        assert found["of first"] == [0, repr(PatchTrigger(size=1))]
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -264,6 +288,15 @@ def test_one_failing_process_ends_all(folder, count):
     assert done.returncode != 0
     assert "out of luck" in done.stderr
     assert not list(folder.glob("fail-*.json"))
+
+
+def test_time_is_over_on_all_when_it_is_over_on_the_first(folder):
+    done = _run(folder, "clocks", 2)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        of_first, of_second = json.loads((folder / f"clocks-2-{rank}.json").read_text())
+        assert [outcome.split(" after")[0] for outcome in of_first] == ["max_time: 1 s were over"] * 2
+        assert set(of_second) <= {"repaired", "not improved"}
 
 
 @pytest.mark.parametrize("count", range(1, 6))
@@ -283,7 +316,7 @@ def test_alone_nothing_is_exchanged(monkeypatch):
     ALONE.align(nn.Linear(1, 1))
     ALONE.refuse_difference("it", object())
     assert ALONE.first(tensor) is tensor
-    assert ALONE.first_of_any(tensor) is tensor
+    assert ALONE.outcome_of_first(lambda: tensor) is tensor
     assert tensor.item() == 1.5
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -102,7 +103,8 @@ class Alternation(RepairMethod):
             if number == self.rounds:
                 return
             with task.watch.measure("estimate"):
-                found = replace(self.auditor, seed=task.seed + number).audit(
+                examine = partial(
+                    replace(self.auditor, seed=task.seed + number).audit,
                     lambda images: task.forward(images.to(task.scoring.clean.dtype)),
                     task.scoring.clean,
                     task.scoring.labels,
@@ -112,7 +114,7 @@ class Alternation(RepairMethod):
                     usual=None if task.audit is None else task.audit.usual,
                     on_progress=task.on_progress,
                 )
-                found = task.processes.first_of_any(found)
+                found = task.processes.outcome_of_first(examine)
             if found.verdict == "clean":
                 return
             pool += [estimate.trigger for estimate in found.estimates]
