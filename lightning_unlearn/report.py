@@ -150,7 +150,7 @@ class Report:
         return replace(self, checkpoint=str(checkpoint))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON types; a rate that is not a number becomes None."""
+        """The report as JSON types: rates with six decimals, losses with four; None for what is not a number."""
         plain = _plain(asdict(self))
         assert isinstance(plain, dict)
         return {"schema_version": plain.pop("schema_version"), **plain}
@@ -220,14 +220,17 @@ def _rate(value: float) -> str:
     return "unknown" if math.isnan(value) else f"{value:.3f}"
 
 
-def _plain(value: Any) -> Any:
-    """Tuples to lists, and numbers that JSON has no word for to None."""
+def _plain(value: Any, digits: int = 6) -> Any:
+    """Tuples to lists, numbers that JSON has no word for to None, and others rounded to so many decimals.
+
+    Losses differ in the fifth with the number of processes, which changes in what order they are summed up.
+    """
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, 4 if str(key).endswith("_loss") else digits) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return [_plain(item, digits) for item in value]
+    if isinstance(value, float):
+        return round(value, digits) if math.isfinite(value) else None
     return value
 
 
