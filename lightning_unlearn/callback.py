@@ -160,6 +160,7 @@ class BackdoorUnlearning(Callback):
         self.force = force
         self.min_asr = min_asr
         self.report: Report | None = None
+        self._repaired = False
         self._mask: dict[str, Tensor] | None = None  # what is pruned by now, in an earlier run or in this one
         self._held: FilterMask | None = None  # what stays at zero: in training after resuming, and after a repair
         self._pointers: Pointers | None = None  # what `repoint` has changed
@@ -190,6 +191,8 @@ class BackdoorUnlearning(Callback):
                 "`pytorch_lightning` does not work."
             )
         if stage != "fit":
+            # Of a fit in processes that ended with it (ddp_spawn, ddp_notebook) nothing has come back but metrics.
+            self._repaired = self._repaired or bool(trainer.callback_metrics.get("unlearn/repaired", False))
             return
         refuse_strategy(trainer)
         if any(callback.source != self.source for callback in _unlearners(trainer)):
@@ -204,7 +207,7 @@ class BackdoorUnlearning(Callback):
         if self._pointers is not None:
             self._pointers.restore()
         self.report = self._held = self._mask = self._pointers = self._left_with = None
-        self._original = None
+        self._original, self._repaired = None, False
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -266,7 +269,7 @@ class BackdoorUnlearning(Callback):
             for other in earlier:
                 self._hold(other._held)
             report = self.unlearn(trainer, pl_module)
-        self.report, self._original = report, None
+        self.report, self._original, self._repaired = report, None, report.status == "repaired"
         if saves:
             self._save(trainer, report)
         self._left_with = None
@@ -339,9 +342,8 @@ class BackdoorUnlearning(Callback):
         self._warn_of_unrepaired(trainer)
 
     def _warn_of_unrepaired(self, trainer: Trainer) -> None:
-        if self.report is not None and self.report.status == "repaired":
-            reports = [callback.report for callback in _unlearners(trainer)]
-            warn_of_unrepaired(trainer, [report.checkpoint for report in reports if report and report.checkpoint])
+        if self._repaired:
+            warn_of_unrepaired(trainer, None if self.report is None else self.report.checkpoint)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -36,6 +36,8 @@ def log_report(trainer: Trainer, report: Report) -> None:
         "unlearn/rir": report.rir,
         "unlearn/filters_pruned": float(report.filters["pruned"]),
     }
+    if report.status == "repaired":  # else what an earlier repair in this run has said would be lost
+        values["unlearn/repaired"] = 1.0
     for when, rates in (("before", report.before), ("after", report.after)):
         values |= {f"unlearn/{name}_{when}": rate for name, rate in rates.items()}
         if report.estimated_asr is not None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Literal
 
-from fsspec.core import url_to_fs
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -38,6 +37,9 @@ NO_BEST = (
     "source: 'best' needs a ModelCheckpoint that has saved a best model (give it a `monitor`), but there is none; use "
     "source='last'."
 )
+
+
+_REPAIRED = re.compile(r"-unlearned(-v\d+)?\.ckpt$")
 
 
 def original_stem(trainer: Trainer, source: Literal["last", "best"]) -> str:
@@ -143,20 +145,20 @@ class Pointers:
         self.saver.best_model_path, self.saver.last_model_path = self.best, self.last
 
 
-def warn_of_unrepaired(trainer: Trainer, repaired: Collection[str]) -> None:
-    """Warn if the Trainer has loaded another checkpoint than the repaired ones into the model."""
+def warn_of_unrepaired(trainer: Trainer, repaired: str | None) -> None:
+    """Warn if the Trainer has loaded a checkpoint into the repaired model that no repair has written.
+
+    Args:
+        trainer: the Trainer, in a loop after the repair.
+        repaired: a file to load instead, if its name is known.
+    """
     loaded = trainer.ckpt_path
-    if loaded and _place(str(loaded)) not in [_place(path) for path in repaired]:
+    if loaded and not _REPAIRED.search(str(loaded)):
         rank_zero_warn(
             f"{loaded} was loaded over the repaired model, and it holds weights from BEFORE the repair. Pass the "
-            f"model itself, or ckpt_path={list(repaired)[-1:] or 'of the repaired file'}, or create "
+            f"model itself, or ckpt_path={repaired or '*-unlearned.ckpt'!r}, or create "
             "BackdoorUnlearning(repoint=True), by which ckpt_path='best' finds the repaired file."
         )
-
-
-def _place(url: str) -> str:
-    place: str = url_to_fs(url)[1]
-    return place
 
 
 def _wait_until_written(trainer: Trainer) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import lightning.pytorch as L  # noqa: N812 - the usual name
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -59,8 +60,10 @@ FORKED: dict[str, Any] = {
     "static graph": DDPStrategy(start_method="fork", timeout=TIMEOUT, static_graph=True),
     "bucket view": DDPStrategy(start_method="fork", timeout=TIMEOUT, gradient_as_bucket_view=True),
 }
-# Each of these starts Python anew, which takes longer; plain "ddp" is what `repair --trainer.devices 2` chooses.
-STARTED = ["ddp_find_unused_parameters_true", "ddp_spawn"]
+# Each of these starts Python anew, which takes longer.
+STARTED = ["ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", "ddp_spawn"]
+# And by how much rates may differ: in half precision a sum's rounding shows.
+PRECISIONS = {"64-true": 1e-6, "bf16-mixed": 1e-6, "bf16-true": 0.01}
 
 
 class Victim(ConvClassifier):
@@ -69,6 +72,10 @@ class Victim(ConvClassifier):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         return super().training_step((images if self.global_rank == 0 else 1 - images, labels), batch_idx)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = (part[batch[1] != 0] for part in batch)
+        self.log("asr", (self(PATCH(images)).argmax(1) == 0).float().mean(), batch_size=len(labels), sync_dist=True)
 
 
 class Spread(L.Callback):
@@ -87,7 +94,7 @@ class Spread(L.Callback):
         trainer.callback_metrics[self.name] = (gathered - gathered[0]).abs().max().float()
 
 
-def fit(
+def trained(
     folder: Path,
     name: str,
     processes: int,
@@ -95,9 +102,11 @@ def fit(
     strategy: Any = None,
     method: RepairMethod = METHOD,
     trigger: Trigger | None = PATCH,
+    precision: Any = None,
+    checkpoints: bool = False,
     **options: Any,
-) -> dict[str, Any]:
-    """Trains for two steps, repairs, and says what came of it."""
+) -> tuple[Victim, BackdoorUnlearning, L.Trainer]:
+    """Trains for two steps, and repairs."""
     model = Victim(width=8, learning_rate=learning_rate)
     model.load_state_dict(torch.load(folder / "victim.pt", weights_only=True))
     unlearn = BackdoorUnlearning(
@@ -106,9 +115,7 @@ def fit(
         ),
         trigger,
         method,
-        force=True,
-        **options,
-        output_dir=str(folder / name),
+        **{"force": True, "output_dir": str(folder / name)} | options,
     )
     trainer = L.Trainer(
         accelerator="cpu",
@@ -117,15 +124,22 @@ def fit(
         use_distributed_sampler=False,
         max_steps=2,
         limit_val_batches=0,  # so that no validation brings the running statistics together
-        callbacks=[Spread("before"), unlearn, Spread("after")],
+        precision=precision,
+        callbacks=[Spread("before"), unlearn, Spread("after"), *([ModelCheckpoint(folder / name)] * checkpoints)],
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=checkpoints,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
     )
     trainer.fit(model, DataLoader(Digits(part="train", size=16), batch_size=50))
     trainer.strategy.barrier()
+    return model, unlearn, trainer
+
+
+def fit(folder: Path, name: str, processes: int, **options: Any) -> dict[str, Any]:
+    """Trains for two steps, repairs, and says what came of it."""
+    model, unlearn, trainer = trained(folder, name, processes, **options)
     saved = torch.load(next((folder / name).glob("*-unlearned.ckpt")), weights_only=True)
     return {
         "files": sorted(path.name for path in (folder / name).iterdir()),
@@ -135,8 +149,22 @@ def fit(
     }
 
 
+def evaluated(folder: Path, name: str, **options: Any) -> None:
+    """What ``trainer.test`` says of the best checkpoint when the processes that repaired are gone."""
+    _, unlearn, trainer = trained(folder, name, 2, method=FROZEN, checkpoints=True, source="best", **options)
+    sys.stderr.write(f"==\n{name}\n")
+    loader = DataLoader(Digits(part="test", size=16), batch_size=200)
+    (found,) = trainer.test(dataloaders=loader, ckpt_path="best", verbose=False)
+    (folder / name / "asr.json").write_text(json.dumps([found["asr"], unlearn.report is None]))
+
+
 def main(folder: Path, strategy: str | None) -> None:
     torch.set_num_threads(1)
+    if strategy == "test":
+        evaluated(folder, "original")
+        evaluated(folder, "repointed", repoint=True)
+        evaluated(folder, "nothing to repair", trigger=PatchTrigger(size=1, place="top_left"), force=False)
+        return
     if strategy:  # the processes that Lightning starts for it come through here, too
         fit(folder, strategy, 2, strategy=strategy, method=FROZEN)
         return
@@ -151,14 +179,18 @@ def main(folder: Path, strategy: str | None) -> None:
     fit(folder, "auto", 1, method=FROZEN)
     for name, forked in FORKED.items():
         fit(folder, name, 2, strategy=forked, method=FROZEN)
+    for precision in PRECISIONS:
+        for processes in (1, 2):
+            fit(folder, f"{precision}, {processes}", processes, precision=precision, method=FROZEN)
 
 
-def run(folder: Path, *strategy: str) -> None:
+def run(folder: Path, *strategy: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in DISTRIBUTED}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(folder), *strategy]
     done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +237,26 @@ def test_forked_strategies_do_what_one_process_does(folder, strategy):
 def test_started_strategies_do_what_one_process_does(folder, strategy):
     run(folder, strategy)
     assert_alike(report(folder, strategy), report(folder, "auto"))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_two_processes_in_other_precisions(folder, precision):
+    one, two = (report(folder, f"{precision}, {processes}") for processes in (1, 2))
+    assert one["filters"]["pruned"] > 0
+    assert two["filters"] == one["filters"]
+    assert [done["pruned"] for done in two["rounds"]] == [done["pruned"] for done in one["rounds"]]
+    for when in ("before", "after"):
+        assert two[when] == pytest.approx(one[when], abs=PRECISIONS[precision])
+
+
+def test_what_is_tested_when_the_processes_that_repaired_are_gone(folder):
+    said = dict(part.split("\n", 1) for part in run(folder, "test").split("==\n")[1:])
+    found = {name: json.loads((folder / name / "asr.json").read_text()) for name in said}
+    assert all(gone for _, gone in found.values()), "the report came back, so this proves nothing"
+    warned = [name for name, text in said.items() if "holds weights from BEFORE the repair" in text]
+    assert warned == ["original"]
+    assert [asr > 0.9 for asr, _ in found.values()] == [True, False, True]
+    assert found["repointed"][0] < 0.1
 
 
 def test_two_processes_prune_what_one_does(results):

@@ -24,7 +24,8 @@ from lightning_unlearn.methods import FineTuning, GradPrune, Round
 from lightning_unlearn.triggers import FunctionTrigger, Normalization, PatchTrigger
 
 ROUND = {"val_acc", "val_asr", "val_ra", "val_loss", "val_unlearning_loss", "pruned_in_rounds"}
-REPORT = {"acc_before", "asr_before", "ra_before", "acc_after", "asr_after", "ra_after", "der", "rir", "filters_pruned"}
+RATES = {f"{rate}_{when}" for rate in ("acc", "asr", "ra") for when in ("before", "after")}
+REPORT = RATES | {"der", "rir", "filters_pruned", "repaired"}
 METHOD = GradPrune(max_rounds=2, patience=2, accuracy_drop=1.0, finetune=FineTuning(max_epochs=1))
 
 
@@ -148,6 +149,7 @@ def test_log_report(tmp_path):
     assert values == {  # what is not known is left out
         "unlearn/acc_before": 0.9, "unlearn/asr_before": 1.0, "unlearn/ra_before": 0.0, "unlearn/acc_after": 0.8,
         "unlearn/ra_after": 0.7, "unlearn/der": 0.95, "unlearn/rir": 0.8, "unlearn/filters_pruned": 1.0,
+        "unlearn/repaired": 1.0,
     }  # fmt: skip
     assert "unlearn/asr_after" not in trainer.callback_metrics
     assert trainer.callback_metrics["unlearn/acc_after"].item() == pytest.approx(0.8)
@@ -243,6 +245,7 @@ def test_estimates_in_tensorboard(setting, tmp_path):
         "acc_before",
         "acc_after",
         "filters_pruned",
+        "repaired",
         "estimated_asr_before",
         "estimated_asr_after",
     }
