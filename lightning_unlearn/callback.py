@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -29,6 +31,7 @@ from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.methods import RepairMethod
 from lightning_unlearn.methods.base import check_range
+from lightning_unlearn.processes import Processes
 from lightning_unlearn.repair import refuse_missing_classes
 from lightning_unlearn.report import Report
 from lightning_unlearn.saving import (
@@ -43,6 +46,7 @@ from lightning_unlearn.saving import (
     warn_of_unrepaired,
 )
 from lightning_unlearn.session import Session
+from lightning_unlearn.termination import termination
 from lightning_unlearn.triggers import Trigger
 from lightning_unlearn.verdict import Audit
 
@@ -271,7 +275,8 @@ class BackdoorUnlearning(Callback):
             report = self.unlearn(trainer, pl_module)
         self.report, self._original, self._repaired = report, None, report.status == "repaired"
         if saves:
-            self._save(trainer, report)
+            with termination(trainer, Processes.current(pl_module.device)):
+                self._save(trainer, report)
         self._left_with = None
         rank_zero_info(f"Backdoor unlearning: {self.report.headline()}")
 
@@ -301,6 +306,7 @@ class BackdoorUnlearning(Callback):
                 raise
             self._left_with = f"the REPAIRED weights, and so does {report.checkpoint}; there is no report.json"
         save_report(trainer, folder, report)
+        self._left_with = "the weights that the report tells of, and all files are written"
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -387,17 +393,18 @@ class BackdoorUnlearning(Callback):
             ...         self.report = self.unlearning.unlearn(trainer, pl_module)
         """
         refuse_strategy(trainer)
-        result, report = self._session(trainer, module).repair(
-            trigger=self.trigger,
-            evaluation_trigger=self.evaluation_trigger,
-            method=self.method,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            force=self.force,
-            min_asr=self.min_asr,
-            auditor=self.auditor,
-            held=self._held,
-        )
+        with self._session(trainer, module) as session:
+            result, report = session.repair(
+                trigger=self.trigger,
+                evaluation_trigger=self.evaluation_trigger,
+                method=self.method,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                force=self.force,
+                min_asr=self.min_asr,
+                auditor=self.auditor,
+                held=self._held,
+            )
         self._mask, self._held = result.mask.state_dict(), result.mask
         return report
 
@@ -411,10 +418,14 @@ class BackdoorUnlearning(Callback):
         Raises:
             ValueError: as :func:`~lightning_unlearn.audit` does.
         """
-        return self._session(trainer, module).audit(self.auditor or Auditor(seed=self.seed))
+        with self._session(trainer, module) as session:
+            return session.audit(self.auditor or Auditor(seed=self.seed))
 
-    def _session(self, trainer: Trainer, module: LightningModule) -> Session:
-        return Session(trainer, module, self.clean_images(module), lambda images: self.logits(module, images))
+    @contextmanager
+    def _session(self, trainer: Trainer, module: LightningModule) -> Iterator[Session]:
+        with termination(trainer, Processes.current(module.device)) as obey:
+            clean = self.clean_images(module)
+            yield Session(trainer, module, clean, lambda images: self.logits(module, images), obey)
 
     def clean_images(self, module: LightningModule) -> CleanImages:
         """The clean images that are drawn for a module."""

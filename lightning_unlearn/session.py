@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +9,6 @@ from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lightning_unlearn.auditor import Auditor
@@ -41,12 +39,14 @@ class Session:
         module: the module, on the Trainer's device.
         clean: the clean images that the defender holds.
         logits: (N, C, H, W) images to (N, classes) logits, through the module.
+        obey: a joint act of all processes, which ends them if any has received SIGTERM.
     """
 
     trainer: Trainer
     module: LightningModule
     clean: CleanImages
     logits: Callable[[Tensor], Tensor]
+    obey: Callable[[], None]
 
     def audit(self, auditor: Auditor) -> Audit:
         """Audit the module; it is left as it is."""
@@ -116,13 +116,12 @@ class Session:
                 pruned = len(done.pruned) + (pruned if done.round > 1 else 0)  # a second try begins at round 1
                 show(done)
                 log_round(trainer, done, pruned)
-                if trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False):
-                    raise SIGTERMException(128 + signal.SIGTERM)  # Lightning's own says that all went well: code 0
+                self.obey()
 
             def on_progress(stage: str, done: int, total: int) -> None:
                 show_stage(stage, done, total)
-                if processes.count == 1 and trainer.received_sigterm:  # several ask each other, at the next round
-                    raise SIGTERMException(128 + signal.SIGTERM)
+                if processes.count == 1:  # several ask each other at the next round, for which all are ready
+                    self.obey()
 
             result = repair_split(
                 module,

@@ -278,6 +278,25 @@ def test_while_saving(setting, original, error, raised, wrap):
     assert not torch.load(original.folder / "rescued.ckpt", weights_only=True)["state_dict"]["net.0.weight"][3].any()
 
 
+def test_sigterm_while_saving(setting, original):
+    """What is begun is finished, which takes no longer than to tidy it up."""
+
+    class Terminated(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+            if "unlearned" in str(path):
+                terminate()
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    callback, model = setting.callback(), setting.model()
+    trainer = setting.trainer(*original.callbacks(), callback, plugins=[Terminated()])
+    with pytest.warns(UserWarning, match="and all files are written"), pytest.raises(SystemExit) as caught:
+        trainer.fit(model, setting.loader())
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert backdoor_is_gone(model)
+    original.check("original-unlearned.ckpt", "report.json")
+    assert not torch.load(callback.report.checkpoint, weights_only=True)["state_dict"]["net.0.weight"][3].any()
+
+
 def test_a_folder_that_is_gone(setting, original):
     """It could be written to when training began."""
     out = setting.folder / "out"
