@@ -635,7 +635,7 @@ def test_the_training_data_module_as_clean_data(hand_victim, parts, tmp_path):
 def test_sharding_strategies(hand_victim, parts, monkeypatch, kind):
     callback = BackdoorUnlearning(parts[1], hand_victim.trigger)
     trainer = L.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False)
-    # Without its hardware Lightning makes none of them, so the type is all there is.
+    # Without its hardware Lightning makes none of them but ModelParallelStrategy, so the type is all there is.
     monkeypatch.setattr(L.Trainer, "strategy", object.__new__(kind))
     with pytest.raises(MisconfigurationException, match=rf"{kind.__name__} shards them; .*`lightning-unlearn repair`"):
         callback.setup(trainer, Model(hand_victim.net), "fit")

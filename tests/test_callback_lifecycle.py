@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from lightning_unlearn.methods import FineTuning, GradPrune, RepairMethod
@@ -63,6 +64,7 @@ class Expires(Timer):
         ({"accumulate_grad_batches": 3}, [], 1),
         ({"barebones": True, "default_root_dir": None, "logger": None}, [], 3),
         ({"precision": "bf16-mixed"}, [], 3),
+        ({"strategy": SingleDeviceStrategy("cpu")}, [], 3),
     ],
     ids=[
         "max_epochs",
@@ -78,6 +80,7 @@ class Expires(Timer):
         "accumulate_grad_batches",
         "barebones",
         "bf16-mixed",
+        "single device",
     ],
 )
 def test_runs_however_training_ends(setting, monkeypatch, settings, callbacks, steps):

@@ -17,8 +17,9 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 from torch.utils.data import DataLoader, Subset
 
@@ -101,6 +102,25 @@ def test_no_companion_is_forgotten(setting):
     }  # fmt: skip
     assert {name for name in theirs.__all__ if name not in harmless | tried} == set()
     assert not [name for name in theirs.__all__ if "quant" in name.lower()]
+
+
+def test_model_parallel_is_refused_before_training(setting):
+    """The one strategy of sharded weights, FSDP2 among them, that Lightning makes on a CPU."""
+    steps, model = Steps(), setting.model()
+    model.configure_model = lambda: None
+    trainer = setting.trainer(setting.callback(), steps, strategy=ModelParallelStrategy())
+    try:
+        with pytest.raises(MisconfigurationException, match=r"ModelParallelStrategy shards them; .*`lightning-unlearn"):
+            trainer.fit(model, setting.loader())
+    finally:  # Lightning leaves it, and other tests would find that there are several processes
+        distributed.destroy_process_group()
+    assert steps.batches == 0
+
+
+def test_lightning_makes_no_fsdp_on_a_cpu(setting):
+    """Else it could be supported and tested here."""
+    with pytest.raises(ValueError, match=r"strategy `fsdp` requires a GPU accelerator"):
+        setting.trainer(strategy="fsdp")
 
 
 def test_callbacks_that_do_no_harm(setting):

@@ -59,6 +59,20 @@ def report(result):
     return Report.of(result, PatchTrigger(target=3), samples_per_class=10, seed=7, checkpoint=Path("some") / "m.ckpt")
 
 
+def test_sums_in_another_order_read_alike(report):
+    """As they come of another number of processes: losses differ in the fifth decimal, rates in the eighth."""
+
+    def moved(done: Round, loss: float, rate: float) -> Round:
+        return dataclasses.replace(done, val_loss=0.0568 + loss, val_unlearning_loss=2.0 + loss, val_acc=0.75 + rate)
+
+    first, second = (
+        dataclasses.replace(report, rounds=tuple(moved(done, *by) for done in ROUNDS)).to_dict()
+        for by in ((0.0, 0.0), (1.3e-5, 6e-8))
+    )
+    assert first == second
+    assert [first["rounds"][0][name] for name in ("val_loss", "val_unlearning_loss", "val_acc")] == [0.0568, 2.0, 0.75]
+
+
 def test_the_schema(report):
     assert report.to_dict() == {
         "schema_version": 1,
