@@ -58,6 +58,7 @@ class Session:
                 labels,
                 held_out=held_out,
                 normalization=clean.normalization,
+                model=self.module,
                 on_progress=show,
             )
         found = replace(self.trainer.strategy.broadcast(found), labels=clean.labels)
