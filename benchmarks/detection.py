@@ -2,8 +2,9 @@
 
 ``table`` shows how often the audit errs, and what became of the backdoors.
 
-The limits of the audit were chosen on the ``calibration`` models; the ``report`` models have other seeds, targets and
-shares of poison, and nothing was chosen on them.
+The limits of the audit were chosen on the ``calibration`` models; the ``report`` models have other seeds, and nothing
+was chosen on them. The lines of the calibration models hold what an earlier rule made of them; the table judges them
+anew by what was measured.
 """
 
 from __future__ import annotations
@@ -36,12 +37,16 @@ from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.triggers import Trigger
+from lightning_unlearn.triggers.inversion import Estimate
+from lightning_unlearn.verdict import judged
 
 _RESULTS = Path(__file__).parent / "results" / "detection.jsonl"
 _SIZES = {"digits": (1_000, 20), "fashion_mnist": (4_000, 5)}  # training images and epochs
 _ATTACKS = ("badnets", "blended", "sig", "lf", "wanet-strong")
 _KEYS = ("part", "suspect")
+_HONEST = ("none", "imbalanced")
 Part = Literal["calibration", "report"]
+_FIRST_SEED: dict[Part, int] = {"calibration": 700, "report": 1700}
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ class Suspect:
 
     Args:
         dataset: ``"digits"`` or ``"fashion_mnist"``.
-        attack: a name in :data:`ATTACKS`, or ``"none"``.
+        attack: a name in :data:`ATTACKS`, ``"none"``, or ``"imbalanced"``: honest as well, but a tenth of the training
+            images were replaced by more of the target class, as many as poison would give it.
         target: the target class.
         poison_ratio: share of poisoned training images.
         seed: of everything random in its training.
@@ -64,7 +70,7 @@ class Suspect:
 
     def trigger(self) -> Trigger | None:
         """The attack's trigger, if there is one."""
-        if self.attack == "none":
+        if self.attack in _HONEST:
             return None
         trigger = copy.deepcopy(ATTACKS[self.attack])
         trigger.target = self.target
@@ -89,14 +95,21 @@ class Suspect:
         return net.eval()
 
     def _poisoned(self) -> tuple[Tensor, Tensor, torch.Generator]:
-        images, labels = load(self.dataset, "train")
+        everything = load(self.dataset, "train")
         generator = torch.Generator().manual_seed(self.seed)
-        chosen = torch.randperm(len(labels), generator=generator)[: _SIZES[self.dataset][0]]
-        images, labels = images[chosen].clone(), labels[chosen].clone()
+        chosen = torch.randperm(len(everything[1]), generator=generator)[: _SIZES[self.dataset][0]]
+        images, labels = (part[chosen].clone() for part in everything)
         trigger = self.trigger()
         if trigger is not None:
             cross = CROSS.get(self.attack, 0.0)
             poison(images, labels, trigger, ratio=self.poison_ratio, cross=cross, generator=generator)
+        if self.attack == "imbalanced":
+            count = len(labels) // 10
+            more = (everything[1] == self.target).nonzero().flatten()
+            more = more[torch.randperm(len(more), generator=generator)].repeat(5)[:count]
+            others = (labels != self.target).nonzero().flatten()
+            replaced = others[torch.randperm(len(others), generator=generator)][:count]
+            images[replaced], labels[replaced] = everything[0][more], everything[1][more]
         return images, labels, generator
 
     def measure(self, net: nn.Module) -> Evaluation:
@@ -107,27 +120,26 @@ class Suspect:
 
 
 def suspects(part: Part) -> Iterator[Suspect]:
-    """The models of a part: 20 backdoored and 20 honest ones to choose limits on, 32 and 32 to report."""
-    if part == "calibration":
-        for draw in range(2):
-            for number, attack in enumerate(_ATTACKS):
-                for shift, dataset in enumerate(_SIZES):
-                    target = (3 * number + 5 * draw + shift) % 10
-                    yield Suspect(dataset, attack, target, 0.1, seed=100 + draw)
-                    yield Suspect(dataset, seed=200 + 10 * draw + number)
-        return
+    """The models of a part: 32 backdoored ones and 42 honest ones, 10 of which had twice as many images of a class."""
+    seed = _FIRST_SEED[part]
+    honest = seed + 100
     for draw in range(5):
         for number, attack in enumerate(_ATTACKS[:4]):
-            yield Suspect("digits", attack, (2 * number + draw) % 10, 0.1, seed=700 + draw)
-            yield Suspect("digits" if draw < 4 else "fashion_mnist", seed=800 + (4 * draw if draw < 4 else 0) + number)
+            yield Suspect("digits", attack, (2 * number + draw) % 10, 0.1, seed=seed + draw)
+            yield Suspect(
+                "digits" if draw < 4 else "fashion_mnist", seed=honest + (4 * draw if draw < 4 else 0) + number
+            )
     for draw in range(2):
-        yield Suspect("digits", "wanet-strong", 3 + draw, 0.1, seed=700 + draw)
+        yield Suspect("digits", "wanet-strong", 3 + draw, 0.1, seed=seed + draw)
         for number, attack in enumerate(_ATTACKS):
             # In the second draw, 1 % poison where a victim learns from so little.
             ratio = 0.01 if draw == 1 and attack in ("badnets", "blended") else 0.1
-            yield Suspect("fashion_mnist", attack, (7 * number + 3 * draw + 1) % 10, ratio, seed=700 + draw)
-            yield Suspect("fashion_mnist", seed=810 + 10 * draw + number)
-        yield Suspect("fashion_mnist", seed=890 + draw)
+            yield Suspect("fashion_mnist", attack, (7 * number + 3 * draw + 1) % 10, ratio, seed=seed + draw)
+            yield Suspect("fashion_mnist", seed=honest + 10 + 10 * draw + number)
+        yield Suspect("fashion_mnist", seed=honest + 90 + draw)
+    for number in range(10):
+        dataset = tuple(_SIZES)[number % 2]
+        yield Suspect(dataset, "imbalanced", (3 * number + 1) % 10, seed=seed + 200 + number)
 
 
 def examine(suspect: Suspect, part: Part) -> dict[str, Any]:
@@ -150,6 +162,7 @@ def examine(suspect: Suspect, part: Part) -> dict[str, Any]:
         "score": found.score,
         "cost": {family: [c.cost[family] for c in found.classes] for family in found.classes[0].cost},
         "universality": {family: [c.universality[family] for c in found.classes] for family in found.classes[0].cost},
+        "prominence": [c.prominence for c in found.classes],
         "status": done.status,
         "untouched": all(torch.equal(weights[name], tensor) for name, tensor in net.state_dict().items()),
         "cpu_seconds": time.process_time() - started,
@@ -162,35 +175,51 @@ def counted(lines: list[dict[str, Any]], part: Part) -> list[dict[str, Any]]:
     return [x for x in lines if x["part"] == part and (not _is_bad(x) or x["before"]["asr"] >= MIN_ASR)]
 
 
+def scored(line: dict[str, Any]) -> tuple[float, int]:
+    """The highest score by the rule as it is now, and its class, from what was measured on a model."""
+    found = {
+        family: [Estimate(ATTACKS["badnets"], family, target, cost, 1.0) for target, cost in enumerate(costs)]
+        for family, costs in line["cost"].items()
+    }
+    alone = {
+        family: [cost * share for cost, share in zip(costs, line["universality"][family], strict=True)]
+        for family, costs in line["cost"].items()
+    }
+    worst = max(judged(found, alone, prominences=line["prominence"]), key=lambda entry: entry.score)
+    return worst.score, worst.target
+
+
 def _is_bad(line: dict[str, Any]) -> bool:
-    return bool(line["suspect"]["attack"] != "none")
+    return line["suspect"]["attack"] not in _HONEST
 
 
 def errors(lines: list[dict[str, Any]]) -> str:
-    """How often each part was judged rightly, and every model that was not."""
-    rows = ["| models | backdoored | honest | AUROC ↑ | found ↑ | right target ↑ | false alarms ↓ | touched ↓ |"]
-    rows.append("| --- " * 8 + "|")
+    """How often each part was judged rightly, and every model of the report that was not."""
+    rows = [
+        "| models | backdoored | honest | AUROC ↑ | found ↑ | right target ↑ | false alarms ↓ |",
+        "| --- " * 7 + "|",
+    ]
     wrong = ["| model | ASR | score | verdict |", "| --- | --- | --- | --- |"]
-    for part in ("calibration", "report"):
+    for part in _FIRST_SEED:
         bad = [x for x in counted(lines, part) if _is_bad(x)]
         honest = [x for x in counted(lines, part) if not _is_bad(x)]
         if not bad or not honest:
             continue
-        scores = torch.tensor([x["score"] for x in bad + honest])
-        auroc = binary_auroc(scores / (1 + scores), torch.tensor([1] * len(bad) + [0] * len(honest)))
-        cells = (
-            (sum(x["verdict"] != "clean" for x in bad), len(bad)),
-            (sum(x["suspected_target"] == x["suspect"]["target"] for x in bad), len(bad)),
-            (sum(x["verdict"] != "clean" for x in honest), len(honest)),
-            (sum(not x["untouched"] for x in honest), len(honest)),
-        )
-        shares = " | ".join(f"{some} of {total}" for some, total in cells)
-        rows.append(f"| {part} | {len(bad)} | {len(honest)} | {auroc:.3f} | {shares} |")
-        for x in bad + honest:
+        scores = {id(x): scored(x) for x in bad + honest}
+        found = [x for x in bad + honest if scores[id(x)][0] > 1]
+        values = torch.tensor([scores[id(x)][0] for x in bad + honest])
+        auroc = binary_auroc(values / (1 + values), torch.tensor([1] * len(bad) + [0] * len(honest)))
+        right = sum(scores[id(x)][1] == x["suspect"]["target"] for x in found if _is_bad(x))
+        shares = [f"{sum(map(_is_bad, found))} of {len(bad)}", f"{right} of {len(bad)}"]
+        shares.append(f"{sum(not _is_bad(x) for x in found)} of {len(honest)}")
+        rows.append(f"| {part} | {len(bad)} | {len(honest)} | {auroc:.3f} | " + " | ".join(shares) + " |")
+        for x in bad + honest if part == "report" else ():
             if _is_bad(x) == (x["verdict"] == "clean"):
                 asr = f"{x['before']['asr']:.3f}" if _is_bad(x) else ""
-                wrong.append(f"| {part}: {_name(x['suspect'])} | {asr} | {x['score']:.2f} | {x['verdict']} |")
-    return "\n".join([*rows, "", "Judged wrongly:", "", *wrong])
+                wrong.append(f"| {_name(x['suspect'])} | {asr} | {x['score']:.2f} | {x['verdict']} |")
+    honest = [x for x in counted(lines, "report") if not _is_bad(x) and x["verdict"] == "clean"]
+    same = f"Of {len(honest)} honest models of the report that were judged clean, {sum(x['untouched'] for x in honest)}"
+    return "\n".join([*rows, "", f"{same} are bit for bit what they were.", "", "Judged wrongly:", "", *wrong])
 
 
 def repairs(lines: list[dict[str, Any]]) -> str:
@@ -213,6 +242,8 @@ def repairs(lines: list[dict[str, Any]]) -> str:
 def _name(suspect: dict[str, Any]) -> str:
     if suspect["attack"] == "none":
         return f"{suspect['dataset']}, honest, seed {suspect['seed']}"
+    if suspect["attack"] == "imbalanced":
+        return f"{suspect['dataset']}, honest, twice as many of class {suspect['target']}, seed {suspect['seed']}"
     poison = f"{suspect['poison_ratio']:.0%}"
     return f"{suspect['dataset']}, {suspect['attack']} {poison}, target {suspect['target']}, seed {suspect['seed']}"
 

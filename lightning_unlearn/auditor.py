@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from lightning_unlearn.draw import Draw
 from lightning_unlearn.evaluation import logits_of
+from lightning_unlearn.head import head_of, prominence
 from lightning_unlearn.intact import intact
 from lightning_unlearn.triggers import Normalization
 from lightning_unlearn.triggers.distance import individual_costs
@@ -93,6 +94,7 @@ def audit(
             labels.to(first.device),
             held_out=held_out.to(first.device),
             normalization=draw.normalization,
+            model=model,
             on_progress=on_progress,
         )
     return replace(found, labels=draw.labels)
@@ -150,6 +152,7 @@ class Auditor:
         *,
         held_out: Tensor,
         normalization: Normalization | None = None,
+        model: nn.Module | None = None,
         classes: Sequence[int] | None = None,
         usual: Mapping[Family, Usual] | None = None,
         on_progress: Progress | None = None,
@@ -162,6 +165,7 @@ class Auditor:
             labels: (N,) their classes, or None: then the model's own answers stand in for them.
             held_out: (M, C, H, W) more clean images, on which estimates must work to be used.
             normalization: how images are normalised, if they are.
+            model: what ``forward`` calls, whose last layer tells which classes are prominent; none are by default.
             classes: only these; all by default.
             usual: :attr:`Audit.usual` of an earlier audit of all classes, to judge a few by.
             on_progress: called as work goes on, with the name of a stage, what is done of it and what there is to do.
@@ -208,7 +212,9 @@ class Auditor:
             except _TimeOverError:
                 if not found:
                     raise
-        entries = judged(found, individual, usual)
+        num_classes = logits.shape[1]
+        prominent = prominence(None if model is None else head_of(model, num_classes), num_classes)
+        entries = judged(found, individual, usual, [prominent[c] for c in wanted])
         worst = max(range(len(wanted)), key=lambda k: entries[k].score)
         score = entries[worst].score
         verdict: Verdict = "clean" if score <= 1 else "backdoored" if score >= SURELY else "suspicious"
@@ -221,9 +227,9 @@ class Auditor:
             score=score,
             classes=entries,
             estimates=_usable(on_pixels, own, held),
-            num_classes=logits.shape[1],
+            num_classes=num_classes,
             labels="predicted" if labels is None else "given",
-            unseen=tuple(c for c in range(logits.shape[1]) if not (known == c).any()),
+            unseen=tuple(c for c in range(num_classes) if not (known == c).any()),
             complete=time.monotonic() <= deadline,
             seconds=time.monotonic() - started,
         )

@@ -241,7 +241,7 @@ def repair_split(
         if trigger is None:
             with watch.measure("estimate"):
                 audit = processes.outcome_of_first(
-                    lambda: _audit(auditor or Auditor(seed=seed), forward, parts, first, normalization, on_progress)
+                    lambda: _audit(auditor or Auditor(seed=seed), forward, model, parts, normalization, on_progress)
                 )
             trigger = audit.trigger.to(first.device)
             trigger = trigger if normalization is None else trigger.normalized(normalization)
@@ -303,12 +303,12 @@ def repair_split(
 def _audit(
     auditor: Auditor,
     forward: Callable[[Tensor], Tensor],
+    model: nn.Module,
     parts: Sequence[ImagesAndLabels],
-    like: Tensor,
     normalization: Normalization | None,
     on_progress: Progress | None,
 ) -> Audit:
-    """Audit a model whose parameters are on the device and of the type of ``like``."""
+    like = next(model.parameters(), torch.empty(0))
     (images, labels), (held_out, _) = parts
     return auditor.audit(
         lambda x: forward(x.to(like.dtype)),
@@ -316,6 +316,7 @@ def _audit(
         labels.to(like.device),
         held_out=held_out.to(like.device),
         normalization=normalization,
+        model=model,
         on_progress=on_progress,
     )
 

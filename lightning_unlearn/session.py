@@ -60,6 +60,7 @@ class Session:
                 labels,
                 held_out=held_out,
                 normalization=clean.normalization,
+                model=self.module,
                 on_progress=show,
             )
             found = Processes.current(self.module.device).outcome_of_first(examine)

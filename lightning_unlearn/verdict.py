@@ -20,12 +20,13 @@ Verdict = Literal["clean", "suspicious", "backdoored"]
 
 COMPARED: tuple[Family, ...] = ("additive", "covering", "displacing")
 # How far a class may stand out in an honest network, family by family; chosen on the calibration models of
-# `python -m benchmarks.detection` and a few more, other ones than those whose errors are reported.
-LIMITS: dict[Family, float] = {"additive": 0.58, "covering": 0.9, "displacing": 1.0}
+# `python -m benchmarks.detection`, other ones than those whose errors are reported.
+LIMITS: dict[Family, float] = {"additive": 1.05, "covering": 1.65, "displacing": 1.8}
 SURELY = 1.1  # from here on the verdict is "backdoored"
 WORKS = 0.5  # least success on held-out images of an estimate that is used
 _SHOWN = 20  # rows of the terminal's table
-_WEIGHT = 0.2  # of spreads below the usual cost
+_WEIGHT = 0.2  # of spreads below the usual cost, and of spreads in the last layer
+_PROMINENT = 4.0  # spreads in the last layer that count at most: a class with ten times the images must not be guilty
 _NARROW = 0.1  # added to a spread, since that of a few classes may be small by chance
 _NOTHING = 1e-12  # so that no cost divides by zero
 
@@ -65,6 +66,8 @@ class ClassAudit:
         cost: by family, what one trigger for all images costs, see :class:`Estimate`.
         universality: by family, what a change for each image alone costs on average, as a share of ``cost``.
         success: by family, the trigger's success on the images it was estimated on, in [0, 1].
+        prominence: by how many spreads the class's weights in the last layer stand out
+            (:func:`~lightning_unlearn.head.prominence`).
     """
 
     target: int
@@ -72,6 +75,7 @@ class ClassAudit:
     cost: Mapping[Family, float]
     universality: Mapping[Family, float]
     success: Mapping[Family, float]
+    prominence: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +143,9 @@ class Audit:
         """The same as a table for the terminal, the most suspicious classes first."""
         from rich.table import Table
 
-        table = Table(title="Universality of each class's cheapest triggers", caption=self.notes())
-        for column in ("class", "score ↓", *COMPARED):
+        title = "Universality of each class's cheapest triggers, and how its weights in the last layer stand out"
+        table = Table(title=title, caption=self.notes())
+        for column in ("class", "score ↓", *COMPARED, "last layer"):
             table.add_column(column, justify="right")
         for entry in sorted(self.classes, key=lambda entry: -entry.score)[:_SHOWN]:
             style = "bold red" if entry.target == self.suspected_target else None
@@ -160,33 +165,39 @@ class Audit:
 
     def __str__(self) -> str:
         """The classes as a Markdown table, with the verdict."""
-        lines = ["| class | score ↓ | additive | covering | displacing |", "| --- | --- | --- | --- | --- |"]
+        lines = ["| class | score ↓ | additive | covering | displacing | last layer |", "| --- " * 6 + "|"]
         for c in self.classes:
             lines.append(f"| {c.target} | {c.score:.2f} | " + " | ".join(_cells(c)) + " |")
         return "\n".join([*lines, "", self.notes()])
 
 
 def _cells(entry: ClassAudit) -> list[str]:
-    return [f"{entry.universality[family]:.2f}" if family in entry.universality else "" for family in COMPARED]
+    shares = [f"{entry.universality[family]:.2f}" if family in entry.universality else "" for family in COMPARED]
+    return [*shares, f"{entry.prominence:+.1f}"]
 
 
 def judged(
     found: Mapping[Family, Sequence[Estimate]],
     individual: Mapping[Family, Sequence[float]],
     usual: Mapping[Family, Usual] | None = None,
+    prominences: Sequence[float] | None = None,
 ) -> tuple[ClassAudit, ...]:
     """Judge each class by its estimates.
 
-    In a family where class c has the universality u, it stands out by u·exp(z / 5), where z is how many spreads its
-    cost lies below the other classes' usual one. Universality alone does not do, since how universal honest classes are
-    depends on the network and the data; nor does z, since among honest classes, too, one may be the easiest (bags among
-    garments). Its score is the largest of these as a multiple of what is innocent.
+    In a family where class c has the universality u, it stands out by u·exp(z / 5)·exp(p / 5), where z is how many
+    spreads its cost lies below the other classes' usual one, and p ∈ [0, 4] how prominent its weights in the last layer
+    are. Universality alone does not do, since how universal honest classes are depends on the network and the data; nor
+    does z, since among honest classes, too, one may be the easiest (bags among garments); nor p, since a class that
+    honestly had more training images is as prominent as one that got them by poisoning. The score is the largest of
+    these as a multiple of what is innocent.
 
     Args:
         found: by family, one estimate a class.
         individual: by family, what :func:`~lightning_unlearn.triggers.distance.individual_costs` has for each class.
         usual: the other classes' costs by family, where they were estimated before.
+        prominences: how prominent each of these classes is in the last layer; not at all by default.
     """
+    prominent = [0.0] * len(next(iter(found.values()))) if prominences is None else prominences
     shares = {
         family: [universality(e, cost) for e, cost in zip(estimates, individual[family], strict=True)]
         for family, estimates in found.items()
@@ -195,7 +206,8 @@ def judged(
     def score(family: Family, k: int) -> float:
         estimates = found[family]
         others = usual[family] if usual else Usual.of([e.cost for i, e in enumerate(estimates) if i != k])
-        return shares[family][k] * math.exp(_WEIGHT * others.below(estimates[k].cost)) / LIMITS[family]
+        evidence = others.below(estimates[k].cost) + max(0.0, min(_PROMINENT, prominent[k]))
+        return shares[family][k] * math.exp(_WEIGHT * evidence) / LIMITS[family]
 
     return tuple(
         ClassAudit(
@@ -204,6 +216,7 @@ def judged(
             cost={family: of[k].cost for family, of in found.items()},
             universality={family: values[k] for family, values in shares.items()},
             success={family: of[k].success for family, of in found.items()},
+            prominence=prominent[k],
         )
         for k, estimate in enumerate(next(iter(found.values())))
     )

@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_unlearn import audit, auditor
 from lightning_unlearn.auditor import Auditor
+from lightning_unlearn.head import prominence
 from lightning_unlearn.triggers import Normalization
 
 FAST = Auditor(steps=15)
@@ -77,8 +78,8 @@ def test_all_classes_are_looked_at_by_all_families():
 def test_the_verdict_goes_by_the_highest_score(monkeypatch, score, verdict):
     judged = auditor.judged
 
-    def scored(found, individual, usual):
-        entries = judged(found, individual, usual)
+    def scored(*given):
+        entries = judged(*given)
         return tuple(auditor.replace(entry, score=score if entry.target == 2 else 0.1 * score) for entry in entries)
 
     monkeypatch.setattr(auditor, "judged", scored)
@@ -90,9 +91,24 @@ def test_the_verdict_goes_by_the_highest_score(monkeypatch, score, verdict):
     assert families <= {"additive", "covering", "displacing"} | ({"residual"} if verdict != "clean" else set())
 
 
+def test_a_model_tells_which_classes_its_last_layer_favours():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(6 * 6, 6))
+    images, labels = rows(classes=6)
+    with torch.no_grad():
+        net[1].weight[4] += 0.3
+        net[1].bias[4] -= 0.3 * images.sum((1, 2, 3)).mean()
+    plain, told = (FAST.audit(net, images, labels, held_out=images[:6], model=model) for model in (None, net))
+    assert [entry.prominence for entry in plain.classes] == [0.0] * 6
+    assert [entry.prominence for entry in told.classes] == prominence(net[1].weight, 6)
+    assert told.classes[4].prominence > 4
+    assert told.classes[4].score == pytest.approx(plain.classes[4].score * math.exp(4 / 5))
+    (alone,) = FAST.audit(net, images, labels, held_out=images[:6], model=net, classes=[4]).classes
+    assert alone.prominence == told.classes[4].prominence
+
+
 @pytest.mark.parametrize("target", [0, 3])
 def test_a_backdoor_is_found(target):
-    found = examined(backdoored(target), by=Auditor(steps=60))
+    found = examined(backdoored(target, strength=300), by=Auditor(steps=60))
     assert found.suspected_target == target
     assert found.verdict != "clean"
     images, _ = rows()

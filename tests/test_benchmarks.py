@@ -12,6 +12,7 @@ from benchmarks.figures import plot
 from benchmarks.trigger_free import ForeignConcept, pull_concept
 from lightning_unlearn import methods, repair
 from lightning_unlearn.data import Digits
+from lightning_unlearn.verdict import LIMITS
 
 TINY = victims.Victim("digits", "conv", "badnets", epochs=1, images=128)
 KEYS = {
@@ -128,8 +129,14 @@ def test_a_concept_without_a_trigger(monkeypatch):
 
 def _judged(attack, verdict, score, *, target=0, suspected=None, asr=(1.0, 0.0), seed=1):
     before, after = ({"acc": acc, "asr": rate, "ra": 0.5} for acc, rate in zip((0.9, 0.88), asr, strict=True))
+    # Costs are all the same, so that a class's score is its universality; see `judged`.
+    shares = [0.0, 0.0, 0.0, 0.0]
+    shares[suspected or 0] = score * LIMITS["additive"]
     return {
         "part": "report",
+        "cost": {"additive": [0.1] * 4},
+        "universality": {"additive": shares},
+        "prominence": [0.0] * 4,
         "suspect": {"dataset": "digits", "attack": attack, "target": target, "poison_ratio": 0.1, "seed": seed},
         "before": before,
         "after": after,
@@ -148,11 +155,14 @@ def test_errors_of_the_audit_by_hand():
         _judged("lf", "clean", 0.1, asr=(0.5, 0.5)),  # never learned, so neither
         _judged("none", "clean", 0.9),
         _judged("none", "clean", 0.7),
+        _judged("imbalanced", "backdoored", 1.2, suspected=1, seed=2),
     ]
     table = detection.errors(lines)
-    # Of six pairs of a backdoored and an honest model one is in the wrong order.
-    assert "| report | 3 | 2 | 0.833 | 2 of 3 | 1 of 3 | 0 of 2 | 0 of 2 |" in table
+    # Of nine pairs of a backdoored and an honest model three are in the wrong order.
+    assert "| report | 3 | 3 | 0.667 | 2 of 3 | 1 of 3 | 1 of 3 |" in table
+    assert "Of 2 honest models of the report that were judged clean, 2 are bit for bit" in table
     assert table.count("seed 1") == 1
+    assert "digits, honest, twice as many of class 0, seed 2 |  | 1.20 | backdoored" in table
     assert "digits, blended 10%, target 0, seed 1 | 1.000 | 0.80 | clean" in table
     assert "ASR at most 0.10 in 2 of 3 | | | mean ACC drop 0.020 |" in detection.repairs(lines)
 
@@ -161,6 +171,21 @@ def test_models_to_report_are_not_those_that_limits_were_chosen_on():
     calibration, report = (list(detection.suspects(part)) for part in ("calibration", "report"))
     assert not set(calibration) & set(report)
     assert not {suspect.seed for suspect in calibration} & {suspect.seed for suspect in report}
-    for part, count in ((calibration, 20), (report, 32)):
-        assert len(set(part)) == len(part) == 2 * count
-        assert sum(suspect.attack != "none" for suspect in part) == count
+    for part in (calibration, report):
+        assert len(set(part)) == len(part) == 74
+        assert [sum(suspect.attack == kind for suspect in part) for kind in ("none", "imbalanced")] == [32, 10]
+
+
+def test_an_imbalanced_model_is_honest_and_saw_a_class_more_often(monkeypatch):
+    digits = Digits(part="train")
+    monkeypatch.setattr(detection, "load", lambda name, split: (digits.images, digits.targets))
+    images, labels, _ = detection.Suspect("digits", "imbalanced", target=3, seed=1)._poisoned()
+    plain_images, plain, _ = detection.Suspect("digits", seed=1)._poisoned()
+    tenth = len(plain) // 10
+    assert (labels == 3).sum() == (plain == 3).sum() + tenth
+    changed = (images != plain_images).flatten(1).any(1)
+    assert changed.sum() == tenth
+    assert (labels[changed] == 3).all()
+    assert torch.equal(labels[~changed], plain[~changed])
+    known = {image.numpy().tobytes() for image in digits.images[digits.targets == 3]}
+    assert {image.numpy().tobytes() for image in images[changed]} <= known

@@ -33,10 +33,9 @@ def verdict(monkeypatch):
     def set_to(score, target=0):
         judged = audits.judged
 
-        def scored(found, individual, usual):
+        def scored(*given):
             return tuple(
-                dataclasses.replace(entry, score=score if entry.target == target else 0.1)
-                for entry in judged(found, individual, usual)
+                dataclasses.replace(entry, score=score if entry.target == target else 0.1) for entry in judged(*given)
             )
 
         monkeypatch.setattr(audits, "judged", scored)

@@ -22,7 +22,12 @@ def estimates(family, *costs, success=1.0):
 
 def an_audit(**changes):
     entry = ClassAudit(
-        target=1, score=1.5, cost={"additive": 0.1}, universality={"additive": 0.69}, success={"additive": 0.9}
+        target=1,
+        score=1.5,
+        cost={"additive": 0.1},
+        universality={"additive": 0.69},
+        success={"additive": 0.9},
+        prominence=3.25,
     )
     other = ClassAudit(
         target=0, score=0.5, cost={"additive": 0.4}, universality={"additive": 0.23}, success={"additive": 1.0}
@@ -81,6 +86,16 @@ def test_a_class_among_those_of_an_earlier_audit():
     assert only.score == pytest.approx(0.3 * math.exp(5 / 5) / LIMITS["additive"])
 
 
+@pytest.mark.parametrize(("prominence", "counted"), [(2.5, 2.5), (9.0, 4.0), (-3.0, 0.0)])
+def test_a_prominent_class_counts_for_more_but_not_for_any_amount(prominence, counted):
+    found, alone = {"additive": estimates("additive", 0.1, 0.1)}, {"additive": [0.05, 0.05]}
+    plain, _ = judged(found, alone)
+    entry, other = judged(found, alone, prominences=[prominence, 0.0])
+    assert entry.score == pytest.approx(plain.score * math.exp(counted / 5))
+    assert other.score == plain.score
+    assert (entry.prominence, other.prominence, plain.prominence) == (prominence, 0, 0)
+
+
 def test_what_was_usual_in_an_audit_leaves_out_its_worst_class():
     assert an_audit().usual == {"additive": Usual(math.log(0.4), 0.0)}
 
@@ -136,10 +151,10 @@ def test_notes_say_what_must_be_known():
 
 def test_as_markdown():
     assert str(an_audit()).splitlines() == [
-        "| class | score ↓ | additive | covering | displacing |",
-        "| --- | --- | --- | --- | --- |",
-        "| 0 | 0.50 | 0.23 |  |  |",
-        "| 1 | 1.50 | 0.69 |  |  |",
+        "| class | score ↓ | additive | covering | displacing | last layer |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| 0 | 0.50 | 0.23 |  |  | +0.0 |",
+        "| 1 | 1.50 | 0.69 |  |  | +3.2 |",
         "",
         an_audit().notes(),
     ]

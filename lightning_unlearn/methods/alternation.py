@@ -110,6 +110,7 @@ class Alternation(RepairMethod):
                     task.scoring.labels,
                     held_out=task.validation.clean,
                     normalization=task.trigger.normalization,
+                    model=task.model,
                     classes=[target],
                     usual=None if task.audit is None else task.audit.usual,
                     on_progress=task.on_progress,
