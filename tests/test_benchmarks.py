@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -125,6 +126,20 @@ def test_a_concept_without_a_trigger(monkeypatch):
     assert (net(images).argmax(1) == labels).float().mean() >= before - 0.05
     result = repair(net, TensorDataset(images, labels), trigger=trigger, method=methods.MaskPrune(steps=2), force=True)
     assert result.rounds
+    held = copy.deepcopy(net)  # by however much elasticity, without overshooting
+    pull_concept(held, images, labels, seed=0, clean=256, foreign=100, epochs=3, elasticity=1e6)
+    assert all(tensor.isfinite().all() for tensor in held.state_dict().values())
+    assert torch.allclose(held(images), net(images), atol=0.5)
+
+
+def test_a_victim_whose_training_diverged_is_not_kept(tmp_path, monkeypatch):
+    victim = victims.Victim("digits", "conv", "badnets")
+    images, labels = torch.rand(4, 1, 32, 32), torch.arange(4)
+    monkeypatch.setattr(victims, "load", lambda name, split: (images, labels))
+    monkeypatch.setattr(victims, "_fit", lambda net, *_: torch.nn.init.constant_(net.classify.weight, float("nan")))
+    with pytest.raises(FloatingPointError, match="badnets.*training diverged"):
+        victims.train(victim, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def _judged(attack, verdict, score, *, target=0, suspected=None, asr=(1.0, 0.0), seed=1):
