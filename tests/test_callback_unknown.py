@@ -17,7 +17,14 @@ from lightning_unlearn import BackdoorUnlearning, HoldoutDataModule
 from lightning_unlearn import session as session_module
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, RepairMethod
-from lightning_unlearn.triggers import BlendTrigger, FunctionTrigger, PatchTrigger, Trigger, TriggerPool
+from lightning_unlearn.triggers import (
+    BlendTrigger,
+    EstimatedTrigger,
+    FunctionTrigger,
+    PatchTrigger,
+    Trigger,
+    TriggerPool,
+)
 from tests.small_fits import Setting, backdoor_is_gone
 
 # After so few steps an estimate exists for the hand-made victim's class 0 alone, and for none once filter 3 is zero.
@@ -109,6 +116,30 @@ def test_all_to_all_is_no_business_of_an_alternation(setting):
         ValueError, match=r"trigger: estimates are of one class, .* 'all_to_all'; repair with MaskPrune"
     ):
         fit(setting, trigger=trigger, method=Alternation(), force=True)
+
+
+# Estimates in files
+
+
+def test_what_was_unlearned_is_kept(setting):
+    callback, _ = fit(setting)
+    (path,) = setting.folder.rglob("estimated_trigger-0.safetensors")
+    read = EstimatedTrigger(path)
+    assert [estimate.to_dict() for estimate in read.estimates] == list(callback.report.estimated_trigger)
+    images = setting.victim.clean.tensors[0]
+    assert torch.equal(read(images), callback.found.trigger(images))
+    again, model = setting.callback(trigger=read), setting.model()
+    setting.trainer(again).fit(model, setting.loader())
+    assert (again.report.status, again.report.trigger, again.found) == ("repaired", "EstimatedTrigger", None)
+    assert backdoor_is_gone(model)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_of_a_clean_model_only_what_was_forced_is_kept(innocent, force):
+    callback, _ = fit(innocent, force=force)
+    assert callback.report.verdict == "clean"
+    assert (callback.found is not None) == force
+    assert len([name for name in innocent.files() if "estimated_trigger" in name]) == force
 
 
 # Images without labels
