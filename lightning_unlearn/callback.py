@@ -72,7 +72,7 @@ class BackdoorUnlearning(Callback):
             audited first, left alone bit for bit if it looks clean, and else repaired against estimated triggers.
         method: the repair method; :class:`MaskPrune` by default, for an unknown trigger in an :class:`Alternation`.
         evaluation_trigger: the real trigger of an experiment in which the repair is not to know it: only the report's
-            rates are measured with it, if ``clean_data`` has test images.
+            rates are measured with it, on the test images of ``clean_data``, or on its validation part if it has none.
         auditor: how to estimate an unknown trigger, with its ``max_time``.
         samples_per_class: clean images drawn per class, None for all there are; a HoldoutDataModule draws by itself.
         validation_share: the part of each class that validates, at least one image; a HoldoutDataModule splits by

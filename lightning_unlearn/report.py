@@ -41,7 +41,8 @@ class Report:
         status: ``"repaired"``, ``"clean"``, ``"not backdoored"`` or ``"not improved"``, as :class:`RepairResult` has
             it.
         measured_on: ``"test"`` if ``before`` and ``after`` are of test data that the repair never saw,
-            ``"validation"`` if there was none and they are of the validation part.
+            ``"validation"`` if there was none and they are of the validation part, by which the repair chose its
+            rounds, though it knew no real trigger that was only given for evaluation.
         before: ACC, ASR and RA of the original model, with the real trigger: NaN where nobody knows it.
         after: ACC, ASR and RA of the model as it is now, likewise.
         der: defence effectiveness rating.
@@ -91,6 +92,7 @@ class Report:
         samples_per_class: int | None,
         seed: int,
         test: tuple[Evaluation, Evaluation] | None = None,
+        validation: tuple[Evaluation, Evaluation] | None = None,
         labels: Literal["given", "predicted"] = "given",
         checkpoint: str | os.PathLike[str] | None = None,
     ) -> Report:
@@ -102,11 +104,13 @@ class Report:
             samples_per_class: SPC.
             seed: seed of the draw and of the method.
             test: the model before and after on test data, if there is any, with the real trigger, if it is known.
+            validation: where there is none, the same on the validation part; by default what the repair itself measured
+                there, with the trigger that it was given.
             labels: whether clean images came with labels.
             checkpoint: where the repaired model was written.
         """
-        before, after = test or (result.before, result.after)
-        if trigger is None and test is None:  # what the estimates do is no measure of the real trigger
+        before, after = test or validation or (result.before, result.after)
+        if trigger is None and test is validation is None:  # what the estimates do is no measure of the real trigger
             before, after = (replace(of, asr=math.nan, ra=math.nan) for of in (before, after))
         audit = result.audit
         target = trigger.target if trigger is not None else None if audit is None else audit.suspected_target
