@@ -52,10 +52,11 @@ class Report:
         seconds: ``score``, ``evaluate``, ``finetune`` and ``total`` wall-clock time.
         checkpoint: where the repaired model was written, if it was.
         verdict: what the audit said where no trigger was given: ``"clean"``, ``"suspicious"`` or ``"backdoored"``.
-        suspected_target: the class that it suspects.
-        estimated_trigger: the triggers estimated for that class, with family, cost and success.
-        estimated_asr: their attack success rate ``before`` and ``after`` on the clean images that the defender holds:
-            no more than an estimate of what the real trigger does.
+        suspected_target: the class that it suspects most.
+        suspected_targets: every class that it suspects, that one first.
+        estimated_trigger: the triggers estimated for these classes, with family, target, cost and success.
+        estimated_asr: attack success rate of the most suspicious class's, ``before`` and ``after`` on the clean images
+            that the defender holds: no more than an estimate of what the real trigger does.
         labels: ``"predicted"`` if the model's own answers stood in for labels.
         versions: versions of what made this.
     """
@@ -78,6 +79,7 @@ class Report:
     versions: Mapping[str, str]
     verdict: Verdict | None = None
     suspected_target: int | None = None
+    suspected_targets: tuple[int, ...] | None = None
     estimated_trigger: tuple[Mapping[str, Any], ...] | None = None
     estimated_asr: Mapping[str, float] | None = None
     labels: Literal["given", "predicted"] = "given"
@@ -144,6 +146,7 @@ class Report:
             versions={name: _version(name) for name in ("lightning_unlearn", "torch", "lightning")},
             verdict=None if audit is None else audit.verdict,
             suspected_target=None if audit is None else audit.suspected_target,
+            suspected_targets=None if audit is None else audit.suspected_targets,
             estimated_trigger=None if audit is None else tuple(e.to_dict() for e in audit.estimates),
             estimated_asr=None if audit is None else {"before": result.held[0].asr, "after": result.held[1].asr},
             labels=labels,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.data.pairs import Pairs
@@ -21,10 +21,10 @@ class Alternation(RepairMethod):
     """Repair against estimated triggers with another method, as often as cheap triggers come up.
 
     An inversion finds *one* answer to what sends everything to the target; the attacker's trigger may be another one.
-    So the task's trigger, an estimate, is unlearned by ``method``; then triggers of the same class are estimated anew
-    on the repaired model, and join those before, until the class is no more universal than innocent ones are
-    (:class:`~lightning_unlearn.Audit`), until ``rounds`` are over, or until a round costs more accuracy than
-    ``accuracy_drop`` allows, which is then taken back.
+    So the task's trigger, an estimate, is unlearned by ``method``; then triggers of the same class, and of others that
+    the audit suspects, are estimated anew on the repaired model. They join those before, until no such class is more
+    universal than innocent ones are (:class:`~lightning_unlearn.Audit`), until ``rounds`` are over, or until a round
+    costs more accuracy than ``accuracy_drop`` allows, which is then taken back.
 
     An estimate is the least that works, and an attacker's trigger is more than that: additive estimates are unlearned
     at ``strength`` times their size.
@@ -37,6 +37,7 @@ class Alternation(RepairMethod):
         rounds: most repairs.
         strength: factor of additive estimates, at least 1.
         accuracy_drop: α, the most accuracy that all rounds together may cost, on all clean images held, in (0, 1].
+        warm_start: estimate anew from what was estimated before instead of from random values.
 
     Raises:
         TypeError: if ``method`` is not a RepairMethod.
@@ -58,6 +59,7 @@ class Alternation(RepairMethod):
         rounds: int = 3,
         strength: float = 2.0,
         accuracy_drop: float = 0.1,
+        warm_start: bool = False,
     ) -> None:
         if method is not None and not isinstance(method, RepairMethod):
             raise TypeError(
@@ -73,6 +75,7 @@ class Alternation(RepairMethod):
         self.rounds = rounds
         self.strength = strength
         self.accuracy_drop = accuracy_drop
+        self.warm_start = warm_start
 
     @property
     def name(self) -> str:
@@ -88,6 +91,9 @@ class Alternation(RepairMethod):
                 f"{self.method.name} itself."
             )
         pool = _members(task.trigger)
+        known = [] if task.audit is None else list(task.audit.estimates)
+        # A model may have several backdoors; what was suspected for no reason is mostly gone with the first of them.
+        suspects = list(dict.fromkeys([target, *(() if task.audit is None else task.audit.suspected_targets)]))
         for number in range(1, self.rounds + 1):
             steps, weights = task.mask.steps, [tensor.detach().clone() for tensor in _tensors(task)]
             stage = self._task(task, pool)
@@ -108,32 +114,51 @@ class Alternation(RepairMethod):
                     task.scoring.labels,
                     held_out=task.validation.clean,
                     normalization=task.trigger.normalization,
-                    classes=[target],
+                    classes=suspects,
                     usual=None if task.audit is None else task.audit.usual,
+                    start=known if self.warm_start else (),
                     on_progress=task.on_progress,
                 )
                 found = task.processes.first_of_any(found)
             if found.verdict == "clean":
                 return
             pool += [estimate.trigger for estimate in found.estimates]
+            known += found.estimates
 
     def _task(self, task: RepairTask, pool: list[Trigger]) -> RepairTask:
         """The same task with images that carry the pool's triggers."""
-        trigger: Trigger = TriggerPool([self._stronger(member) for member in pool])
+        trigger: Trigger = _Dealt([self._stronger(member) for member in pool])
         if task.trigger.normalization is not None:
             trigger = trigger.normalized(task.trigger.normalization)
         trigger = trigger.to(task.scoring.clean.device)
 
         def stamped(pairs: Pairs) -> Pairs:
             with torch.no_grad():
-                return replace(pairs, triggered=trigger(pairs.clean))
+                targets = trigger.targets(pairs.labels, task.answers.shape[1])
+                return replace(pairs, triggered=trigger(pairs.clean), targets=targets)
 
-        return replace(task, trigger=trigger, scoring=stamped(task.scoring), validation=stamped(task.validation))
+        stage = replace(task, trigger=trigger, scoring=stamped(task.scoring), validation=stamped(task.validation))
+        # What a repair may cost counts from the untouched model, what it has to lower is the loss on these very pairs.
+        stage.before = replace(task.before, unlearning_loss=stage.validate().unlearning_loss)
+        return stage
 
     def _stronger(self, trigger: Trigger) -> Trigger:
         if isinstance(trigger, AdditiveTrigger):
             return AdditiveTrigger(trigger.pattern * self.strength, target=trigger.target)
         return trigger
+
+
+class _Dealt(TriggerPool):
+    """Triggers of several classes, dealt out over a batch, whose images and labels must be given in the same order."""
+
+    def __init__(self, triggers: Sequence[Trigger]) -> None:
+        super().__init__(triggers[:1])
+        self.triggers = nn.ModuleList(triggers)
+
+    def targets(self, labels: Tensor, num_classes: int) -> Tensor:
+        wanted = [trigger.targets(labels, num_classes) for trigger in _members(self)]
+        dealt = torch.arange(len(labels), device=labels.device) % len(wanted)
+        return torch.stack(wanted).gather(0, dealt[None])[0]
 
 
 def _members(trigger: Trigger) -> list[Trigger]:
