@@ -182,7 +182,8 @@ class Report:
         if self.status == "not improved":
             return f"Left as it was: {self.method} found nothing better than the original model."
         pruned, total = self.filters["pruned"], self.filters["total"]
-        verdict = f"Verdict: {self.verdict}, target {self.suspected_target}. " if self.verdict else ""
+        targets = ", ".join(map(str, self.suspected_targets or (self.suspected_target,)))
+        verdict = f"Verdict: {self.verdict}, target {targets}. " if self.verdict else ""
         return f"{verdict}{self.method} pruned {pruned} of {total} filters in {self.seconds['total']:.1f} s."
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
