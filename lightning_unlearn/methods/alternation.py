@@ -16,15 +16,17 @@ from lightning_unlearn.triggers import AdditiveTrigger, Trigger, TriggerPool
 
 __all__ = ["Alternation"]
 
+_DOUBTFUL = 0.8  # a class with a higher score is audited again after each repair, though only above 1 repaired
+
 
 class Alternation(RepairMethod):
     """Repair against estimated triggers with another method, as often as cheap triggers come up.
 
     An inversion finds *one* answer to what sends everything to the target; the attacker's trigger may be another one.
     So the task's trigger, an estimate, is unlearned by ``method``; then triggers of the same class, and of others that
-    the audit suspects, are estimated anew on the repaired model. They join those before, until no such class is more
-    universal than innocent ones are (:class:`~lightning_unlearn.Audit`), until ``rounds`` are over, or until a round
-    costs more accuracy than ``accuracy_drop`` allows, which is then taken back.
+    the audit suspects or nearly does, are estimated anew on the repaired model. What stands out joins those before,
+    until no such class is more universal than innocent ones are (:class:`~lightning_unlearn.Audit`), until ``rounds``
+    are over, or until a round costs more accuracy than ``accuracy_drop`` allows, which is then taken back.
 
     An estimate is the least that works, and an attacker's trigger is more than that: additive estimates are unlearned
     at ``strength`` times their size.
@@ -92,8 +94,9 @@ class Alternation(RepairMethod):
             )
         pool = _members(task.trigger)
         known = [] if task.audit is None else list(task.audit.estimates)
-        # A model may have several backdoors; what was suspected for no reason is mostly gone with the first of them.
-        suspects = list(dict.fromkeys([target, *(() if task.audit is None else task.audit.suspected_targets)]))
+        # A model may have several backdoors, of which one makes the others stand out less.
+        classes = () if task.audit is None else task.audit.classes
+        watched = list(dict.fromkeys([target, *(entry.target for entry in classes if entry.score > _DOUBTFUL)]))
         for number in range(1, self.rounds + 1):
             steps, weights = task.mask.steps, [tensor.detach().clone() for tensor in _tensors(task)]
             stage = self._task(task, pool)
@@ -114,7 +117,7 @@ class Alternation(RepairMethod):
                     task.scoring.labels,
                     held_out=task.validation.clean,
                     normalization=task.trigger.normalization,
-                    classes=suspects,
+                    classes=watched,
                     usual=None if task.audit is None else task.audit.usual,
                     start=known if self.warm_start else (),
                     on_progress=task.on_progress,

@@ -181,7 +181,17 @@ def test_two_backdoors_are_both_removed():
         assert torch.equal(net(trigger(images)).argmax(1), labels)
 
 
-def test_all_suspects_are_audited_again_and_join_the_pool(task, monkeypatch):
+@pytest.mark.parametrize(("score", "again"), [(0.8, [0]), (0.81, [0, 2]), (2.0, [0, 2])])
+def test_what_is_audited_again(task, monkeypatch, score, again):
+    calls = scripted(monkeypatch, "clean")
+    entries = tuple(ClassAudit(c, s, {}, {}, {}) for c, s in enumerate((3.0, 0.5, score)))
+    task.audit = Audit("backdoored", 0, 3.0, entries, (), 3)
+    monkeypatch.setattr(Audit, "usual", {})
+    assert len(list(Alternation(Recorder()).repair(task))) == 1
+    assert [call["classes"] for call in calls] == [again]
+
+
+def test_all_suspects_join_the_pool(task, monkeypatch):
     second = Estimate(AdditiveTrigger(PATTERN, target=2), "additive", 2, 0.1, 1.0)
     calls = scripted(monkeypatch, "backdoored", "clean", more=(second,))
     entries = tuple(ClassAudit(c, score, {}, {}, {}) for c, score in enumerate((3.0, 0.5, 2.0)))
