@@ -106,8 +106,13 @@ class Audit:
     @property
     def usual(self) -> dict[Family, Usual]:
         """By family, the costs of all classes but the most suspicious one."""
-        rest = sorted(self.classes, key=lambda entry: entry.score)[:-1]
-        return {family: Usual.of([entry.cost[family] for entry in rest]) for family in self.classes[0].cost}
+        return self.usual_without([entry.target for entry in sorted(self.classes, key=lambda e: e.score)[-1:]])
+
+    def usual_without(self, targets: Sequence[int]) -> dict[Family, Usual]:
+        """The same without these classes, which are to be judged by the others."""
+        rest = [entry for entry in self.classes if entry.target not in targets]
+        families = self.classes[0].cost if self.classes else ()
+        return {family: Usual.of([entry.cost[family] for entry in rest]) for family in families}
 
     @property
     def suspected_targets(self) -> tuple[int, ...]:

@@ -97,6 +97,7 @@ class Alternation(RepairMethod):
         # A model may have several backdoors, of which one makes the others stand out less.
         classes = () if task.audit is None else task.audit.classes
         watched = list(dict.fromkeys([target, *(entry.target for entry in classes if entry.score > _DOUBTFUL)]))
+        usual = None if task.audit is None else task.audit.usual_without(watched)
         for number in range(1, self.rounds + 1):
             steps, weights = task.mask.steps, [tensor.detach().clone() for tensor in _tensors(task)]
             stage = self._task(task, pool)
@@ -118,7 +119,7 @@ class Alternation(RepairMethod):
                     held_out=task.validation.clean,
                     normalization=task.trigger.normalization,
                     classes=watched,
-                    usual=None if task.audit is None else task.audit.usual,
+                    usual=usual,
                     start=known if self.warm_start else (),
                     on_progress=task.on_progress,
                 )

@@ -13,7 +13,7 @@ from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, MaskPrune, RepairMethod
 from lightning_unlearn.triggers import AdditiveTrigger, PatchTrigger, TriggerPool
 from lightning_unlearn.triggers.inversion import Estimate
-from lightning_unlearn.verdict import Audit, ClassAudit
+from lightning_unlearn.verdict import Audit, ClassAudit, Usual
 
 PATTERN = torch.full((1, 4, 4), 0.1)
 
@@ -184,11 +184,14 @@ def test_two_backdoors_are_both_removed():
 @pytest.mark.parametrize(("score", "again"), [(0.8, [0]), (0.81, [0, 2]), (2.0, [0, 2])])
 def test_what_is_audited_again(task, monkeypatch, score, again):
     calls = scripted(monkeypatch, "clean")
-    entries = tuple(ClassAudit(c, s, {}, {}, {}) for c, s in enumerate((3.0, 0.5, score)))
+    costs = (0.1, 0.4, 0.2)
+    entries = tuple(ClassAudit(c, s, {"additive": costs[c]}, {}, {}) for c, s in enumerate((3.0, 0.5, score)))
     task.audit = Audit("backdoored", 0, 3.0, entries, (), 3)
     monkeypatch.setattr(Audit, "usual", {})
     assert len(list(Alternation(Recorder()).repair(task))) == 1
     assert [call["classes"] for call in calls] == [again]
+    # What is audited again is no part of what it is judged by.
+    assert calls[0]["usual"] == {"additive": Usual.of([costs[c] for c in range(3) if c not in again])}
 
 
 def test_all_suspects_join_the_pool(task, monkeypatch):
