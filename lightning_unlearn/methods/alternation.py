@@ -23,10 +23,11 @@ class Alternation(RepairMethod):
     """Repair against estimated triggers with another method, as often as cheap triggers come up.
 
     An inversion finds *one* answer to what sends everything to the target; the attacker's trigger may be another one.
-    So the task's trigger, an estimate, is unlearned by ``method``; then triggers of the same class, and of others that
-    the audit suspects or nearly does, are estimated anew on the repaired model. What stands out joins those before,
-    until no such class is more universal than innocent ones are (:class:`~lightning_unlearn.Audit`), until ``rounds``
-    are over, or until a round costs more accuracy than ``accuracy_drop`` allows, which is then taken back.
+    So the task's trigger, an estimate, is unlearned by ``method``, together with those of other classes that the audit
+    suspects; then triggers of these classes, and of others that it nearly suspects, are estimated anew on the repaired
+    model. What stands out joins those before, until no such class is more universal than innocent ones are
+    (:class:`~lightning_unlearn.Audit`), until ``rounds`` are over, or until a round costs more accuracy than
+    ``accuracy_drop`` allows, which is then taken back.
 
     An estimate is the least that works, and an attacker's trigger is more than that: additive estimates are unlearned
     at ``strength`` times their size.
@@ -39,7 +40,8 @@ class Alternation(RepairMethod):
         rounds: most repairs.
         strength: factor of additive estimates, at least 1.
         accuracy_drop: α, the most accuracy that all rounds together may cost, on all clean images held, in (0, 1].
-        warm_start: estimate anew from what was estimated before instead of from random values.
+        warm_start: estimate anew from what was estimated before instead of from random values; whether that helps is
+            not known.
 
     Raises:
         TypeError: if ``method`` is not a RepairMethod.
@@ -92,8 +94,8 @@ class Alternation(RepairMethod):
                 f"trigger: estimates are of one class, but this trigger's target is {target!r}; repair with "
                 f"{self.method.name} itself."
             )
-        pool = _members(task.trigger)
         known = [] if task.audit is None else list(task.audit.estimates)
+        pool = _members(task.trigger) + [estimate.trigger for estimate in known if estimate.target != target]
         # A model may have several backdoors, of which one makes the others stand out less.
         classes = () if task.audit is None else task.audit.classes
         watched = list(dict.fromkeys([target, *(entry.target for entry in classes if entry.score > _DOUBTFUL)]))

@@ -194,6 +194,17 @@ def test_what_is_audited_again(task, monkeypatch, score, again):
     assert calls[0]["usual"] == {"additive": Usual.of([costs[c] for c in range(3) if c not in again])}
 
 
+def test_the_first_repair_is_of_all_that_the_audit_suspects(task, monkeypatch):
+    scripted(monkeypatch, "clean")
+    own, other = (Estimate(AdditiveTrigger(PATTERN, target=c), "additive", c, 0.1, 1.0) for c in (0, 2))
+    task.audit = Audit("backdoored", 0, 3.0, (), (own, other), 3)
+    method = Recorder()
+    list(Alternation(method, rounds=1).repair(task))
+    first, second = method.tasks[0].trigger.triggers
+    assert (first, second.target) == (task.trigger, 2)
+    torch.testing.assert_close(second.pattern, 2 * PATTERN)
+
+
 def test_all_suspects_join_the_pool(task, monkeypatch):
     second = Estimate(AdditiveTrigger(PATTERN, target=2), "additive", 2, 0.1, 1.0)
     calls = scripted(monkeypatch, "backdoored", "clean", more=(second,))
