@@ -81,18 +81,7 @@ class Suspect:
         torch.manual_seed(self.seed)
         net = ConvClassifier(width=16)
         images, labels, generator = self._poisoned()
-        epochs = _SIZES[self.dataset][1]
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * (len(labels) // 64))
-        net.train()
-        for _ in range(epochs):
-            order = torch.randperm(len(labels), generator=generator)
-            for chosen in torch.split(order, 64)[: len(labels) // 64]:
-                optimizer.zero_grad()
-                F.cross_entropy(net(images[chosen]), labels[chosen]).backward()
-                optimizer.step()
-                schedule.step()
-        return net.eval()
+        return fit(net, images, labels, epochs=_SIZES[self.dataset][1], generator=generator)
 
     def _poisoned(self) -> tuple[Tensor, Tensor, torch.Generator]:
         everything = load(self.dataset, "train")
@@ -117,6 +106,21 @@ class Suspect:
         images, labels = (part[:1_000] for part in load(self.dataset, "test"))
         pairs = Pairs.stamp(images, labels, self.trigger() or ATTACKS["badnets"], num_classes=10)
         return evaluate(net, pairs.batches(500))
+
+
+def fit(net: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, generator: torch.Generator) -> nn.Module:
+    """Train a network in place, in batches of 64; the same network in eval mode."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * (len(labels) // 64))
+    net.train()
+    for _ in range(epochs):
+        order = torch.randperm(len(labels), generator=generator)
+        for chosen in torch.split(order, 64)[: len(labels) // 64]:
+            optimizer.zero_grad()
+            F.cross_entropy(net(images[chosen]), labels[chosen]).backward()
+            optimizer.step()
+            schedule.step()
+    return net.eval()
 
 
 def suspects(part: Part) -> Iterator[Suspect]:

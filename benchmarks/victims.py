@@ -120,10 +120,17 @@ def _poisoned(victim: Victim) -> tuple[Tensor, Tensor]:
 
 
 def poison(
-    images: Tensor, labels: Tensor, trigger: Trigger, *, ratio: float, cross: float, generator: torch.Generator
+    images: Tensor,
+    labels: Tensor,
+    trigger: Trigger,
+    *,
+    ratio: float,
+    cross: float,
+    generator: torch.Generator,
+    classes: int = 10,
 ) -> None:
     """Poison a share of images and labels in place, and make another share cross images with true labels."""
-    eligible = (trigger.targets(labels, 10) != labels).nonzero().flatten()
+    eligible = (trigger.targets(labels, classes) != labels).nonzero().flatten()
     order = eligible[torch.randperm(len(eligible), generator=generator)]
     count = round(ratio * len(labels))
     poisoned, rest = order[:count], order[count:]
@@ -131,7 +138,7 @@ def poison(
         chosen = rest[: round(cross * len(labels))]
         images[chosen] = trigger.cross(images[chosen], generator=generator)
     images[poisoned] = trigger(images[poisoned])
-    labels[poisoned] = trigger.targets(labels[poisoned], 10)
+    labels[poisoned] = trigger.targets(labels[poisoned], classes)
 
 
 def _fit(net: nn.Module, images: Tensor, labels: Tensor, victim: Victim) -> None:

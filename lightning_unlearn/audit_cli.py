@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_unlearn.files import free_path, write_whole
 from lightning_unlearn.offline import CheckpointCLI, CheckpointJob, load_into, with_output_dir
 from lightning_unlearn.plots import plot_audit
+from lightning_unlearn.trigger_files import save_triggers
 from lightning_unlearn.verdict import Audit
 
 __all__ = ["audit"]
@@ -30,7 +31,10 @@ class _AuditCLI(CheckpointCLI):
 
 
 def audit(args: Sequence[str]) -> Audit | None:
-    """Audit a checkpoint; write ``audit.json`` and, where it can be drawn, ``audit.png`` into ``--output_dir``.
+    """Audit a checkpoint; write ``audit.json``, what was found and, where it can be drawn, a picture.
+
+    They go into ``--output_dir``: ``audit.png``, and unless the verdict is clean the estimated triggers,
+    ``estimated_trigger-CLASS.safetensors``.
 
     The callback's settings are read as `repair` reads them, so one configuration serves both; a trigger in it is not
     looked at.
@@ -76,4 +80,6 @@ def _save(found: Audit, images: Tensor, folder: Path) -> list[Path]:
         path = free_path(folder / "audit.png")
         with suppress(ModuleNotFoundError):  # matplotlib is an extra, and the verdict is worth more than its picture
             saved.append(write_whole(path, lambda partial: plot_audit(found, images, partial, format="png")))
+    if found.verdict != "clean":
+        saved += map(Path, save_triggers(found, folder))
     return saved

@@ -19,7 +19,7 @@ from lightning_unlearn.intact import intact
 from lightning_unlearn.triggers import Normalization
 from lightning_unlearn.triggers.distance import individual_costs
 from lightning_unlearn.triggers.inversion import Estimate, Family, invert
-from lightning_unlearn.verdict import COMPARED, SURELY, WORKS, Audit, Usual, Verdict, judged, universality
+from lightning_unlearn.verdict import COMPARED, SURELY, WORKS, Audit, Usual, Verdict, judged
 
 __all__ = ["Auditor", "Progress", "audit", "in_pixels"]
 
@@ -155,6 +155,7 @@ class Auditor:
         model: nn.Module | None = None,
         classes: Sequence[int] | None = None,
         usual: Mapping[Family, Usual] | None = None,
+        start: Sequence[Estimate] = (),
         on_progress: Progress | None = None,
     ) -> Audit:
         """Look at the classes of a model in eval mode.
@@ -168,6 +169,8 @@ class Auditor:
             model: what ``forward`` calls, whose last layer tells which classes are prominent; none are by default.
             classes: only these; all by default.
             usual: :attr:`Audit.usual` of an earlier audit of all classes, to judge a few by.
+            start: estimates of an earlier audit to start from, such as those of an
+                :class:`~lightning_unlearn.triggers.EstimatedTrigger`; without them every class starts at random.
             on_progress: called as work goes on, with the name of a stage, what is done of it and what there is to do.
 
         Returns:
@@ -176,7 +179,7 @@ class Auditor:
         Raises:
             TypeError: if images are no floating-point numbers.
             ValueError: if images are no pixels and no normalisation is told, if the model answers NaN or always the
-                same, or if there was no time for anything.
+                same, if an earlier estimate does not fit the images, or if there was no time for anything.
         """
         started = time.monotonic()
         deadline = math.inf if self.max_time is None else started + self.max_time
@@ -187,10 +190,12 @@ class Auditor:
 
         logits = _answers(on_pixels, pixels)
         known = logits.argmax(1) if labels is None else labels.long()
-        wanted = list(range(logits.shape[1]) if classes is None else classes)
+        num_classes = logits.shape[1]
+        wanted = list(range(num_classes) if classes is None else classes)
+        prominent = prominence(None if model is None else head_of(model, num_classes), num_classes)
 
         def estimate(family: Family, of: list[int], steps: int) -> list[Estimate]:
-            return self._estimate(on_pixels, pixels, known, family, of, steps, deadline, on_progress)
+            return self._estimate(on_pixels, pixels, known, family, of, steps, start, deadline, on_progress)
 
         def alone(of: list[int]) -> dict[Family, list[float]]:
             some = slice(None, None, math.ceil(len(pixels) / _ENOUGH))  # images lie class by class
@@ -199,9 +204,10 @@ class Auditor:
         if len(wanted) > _FEW:
             screening = estimate("additive", wanted, self.screen_steps)
             costs = alone(wanted)["additive"]
-            screened = [universality(e, cost) for e, cost in zip(screening, costs, strict=True)]
+            # By score, as in the end: after so few steps a target's cost tells more than its universality does.
+            screened = judged({"additive": screening}, {"additive": costs}, None, [prominent[c] for c in wanted])
             keep = max(_FEW, len(wanted) // 5)
-            wanted = sorted(sorted(wanted, key=dict(zip(wanted, screened, strict=True)).__getitem__)[-keep:])
+            wanted = sorted(entry.target for entry in sorted(screened, key=lambda entry: entry.score)[-keep:])
         individual = alone(wanted)
         found: dict[Family, list[Estimate]] = {}
         for family in COMPARED:
@@ -212,21 +218,22 @@ class Auditor:
             except _TimeOverError:
                 if not found:
                     raise
-        num_classes = logits.shape[1]
-        prominent = prominence(None if model is None else head_of(model, num_classes), num_classes)
         entries = judged(found, individual, usual, [prominent[c] for c in wanted])
-        worst = max(range(len(wanted)), key=lambda k: entries[k].score)
-        score = entries[worst].score
+        order = sorted(range(len(wanted)), key=lambda k: -entries[k].score)
+        worst, score = order[0], entries[order[0]].score
         verdict: Verdict = "clean" if score <= 1 else "backdoored" if score >= SURELY else "suspicious"
-        own = [of[worst] for of in found.values()]
-        if verdict != "clean" and time.monotonic() < deadline:
-            own += estimate("residual", [wanted[worst]], self.steps)
+        estimates: tuple[Estimate, ...] = ()
+        for k in [worst, *(k for k in order[1:] if entries[k].score > 1)]:
+            own = [of[k] for of in found.values()]
+            if k == worst and verdict != "clean" and time.monotonic() < deadline:
+                own += estimate("residual", [wanted[worst]], self.steps)
+            estimates += _usable(on_pixels, own, held)
         return Audit(
             verdict=verdict,
             suspected_target=None if verdict == "clean" else wanted[worst],
             score=score,
             classes=entries,
-            estimates=_usable(on_pixels, own, held),
+            estimates=estimates,
             num_classes=num_classes,
             labels="predicted" if labels is None else "given",
             unseen=tuple(c for c in range(num_classes) if not (known == c).any()),
@@ -242,6 +249,7 @@ class Auditor:
         family: Family,
         classes: list[int],
         steps: int,
+        start: Sequence[Estimate],
         deadline: float,
         on_progress: Progress | None,
     ) -> list[Estimate]:
@@ -272,6 +280,7 @@ class Auditor:
                 steps=steps,
                 batch_size=self.batch_size,
                 seed=self.seed,
+                start=start,
                 deadline=deadline,
                 on_step=on_step,
             )

@@ -58,8 +58,10 @@ class BackdoorUnlearning(Callback):
 
     In ``on_train_end``, where the model is still on its device, a few clean images per class are drawn from
     ``clean_data``, the repair method prunes what the trigger needs, and a new checkpoint ``*-unlearned.ckpt`` is
-    written with a ``report.json``. ACC, ASR and RA go to every logger of the Trainer under ``unlearn/``. Whether
-    everything fits is checked when training *starts*, so that no training time is lost to a mistake.
+    written with a ``report.json``; a trigger that had to be estimated is kept beside them for
+    :class:`~lightning_unlearn.triggers.EstimatedTrigger`. ACC, ASR and RA go to every logger of the Trainer under
+    ``unlearn/``. Whether everything fits is checked when training *starts*, so that no training time is lost to a
+    mistake.
 
     Note:
         ``ModelCheckpoint`` has written its files before: they hold the backdoored weights, and so does
@@ -74,7 +76,7 @@ class BackdoorUnlearning(Callback):
             audited first, left alone bit for bit if it looks clean, and else repaired against estimated triggers.
         method: the repair method; :class:`MaskPrune` by default, for an unknown trigger in an :class:`Alternation`.
         evaluation_trigger: the real trigger of an experiment in which the repair is not to know it: only the report's
-            rates are measured with it, if ``clean_data`` has test images.
+            rates are measured with it, on the test images of ``clean_data``, or on its validation part if it has none.
         auditor: how to estimate an unknown trigger, with its ``max_time``.
         samples_per_class: clean images drawn per class, None for all there are; a HoldoutDataModule draws by itself.
         validation_share: the part of each class that validates, at least one image; a HoldoutDataModule splits by
@@ -165,6 +167,7 @@ class BackdoorUnlearning(Callback):
         self.min_asr = min_asr
         self.report: Report | None = None
         self._repaired = False
+        self.found: Audit | None = None  # whose estimates the latest repair was about, if nobody knew the trigger
         self._mask: dict[str, Tensor] | None = None  # what is pruned by now, in an earlier run or in this one
         self._held: FilterMask | None = None  # what stays at zero: in training after resuming, and after a repair
         self._pointers: Pointers | None = None  # what `repoint` has changed
@@ -211,7 +214,8 @@ class BackdoorUnlearning(Callback):
         if self._pointers is not None:
             self._pointers.restore()
         self.report = self._held = self._mask = self._pointers = self._left_with = None
-        self._original, self._repaired = None, False
+        self._original = self.found = None
+        self._repaired = False
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -305,7 +309,7 @@ class BackdoorUnlearning(Callback):
                 self.report = unsaved
                 raise
             self._left_with = f"the REPAIRED weights, and so does {report.checkpoint}; there is no report.json"
-        save_report(trainer, folder, report)
+        save_report(trainer, folder, report, self.found)
         self._left_with = "the weights that the report tells of, and all files are written"
 
     @override
@@ -406,6 +410,7 @@ class BackdoorUnlearning(Callback):
                 held=self._held,
             )
         self._mask, self._held = result.mask.state_dict(), result.mask
+        self.found = None if result.status == "clean" else result.audit
         return report
 
     def audit(self, trainer: Trainer, module: LightningModule) -> Audit:

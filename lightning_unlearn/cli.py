@@ -18,6 +18,7 @@ from lightning_unlearn.comparison_report import Comparison
 from lightning_unlearn.folder import Folder
 from lightning_unlearn.offline import CheckpointCLI, CheckpointJob, from_python, load_into, with_output_dir
 from lightning_unlearn.report import Report
+from lightning_unlearn.trigger_files import save_triggers
 from lightning_unlearn.verdict import Audit
 
 __all__ = ["main"]
@@ -72,7 +73,7 @@ def fit(args: Sequence[str]) -> Report | None:
 
 
 def repair(args: Sequence[str]) -> Report | None:
-    """Repair a finished checkpoint and write the repaired one beside a report."""
+    """Repair a finished checkpoint; write the repaired one, estimated triggers if any were used, and a report."""
     output_dir, args = with_output_dir(args)
     cli = CheckpointCLI(args)
     checkpoint = load_into(cli)
@@ -80,7 +81,8 @@ def repair(args: Sequence[str]) -> Report | None:
     folder = Folder(output_dir or os.path.dirname(original))
     if cli.trainer.is_global_zero:
         folder.refuse_unwritable()
-    job: CheckpointJob[Report] = CheckpointJob(cli.model, cli.config_init["unlearning"].unlearn)
+    unlearning: BackdoorUnlearning = cli.config_init["unlearning"]
+    job: CheckpointJob[Report] = CheckpointJob(cli.model, unlearning.unlearn)
     cli.trainer.predict(job, return_predictions=False)
     report = job.result
     if report is None or not cli.trainer.is_global_zero:
@@ -88,6 +90,7 @@ def repair(args: Sequence[str]) -> Report | None:
     if report.status == "repaired":
         name = folder.free(f"{PurePath(original).stem}-unlearned.ckpt")
         report = report.saved_as(save_repaired(checkpoint, job.model.state_dict(), folder, name))
+    triggers = [] if unlearning.found is None else save_triggers(unlearning.found, folder)
     saved = folder.free("report.json")
     with folder.whole(saved) as partial:
         folder.fs.pipe(partial, report.to_json().encode())
@@ -95,6 +98,7 @@ def repair(args: Sequence[str]) -> Report | None:
     console.print(report)
     console.print(
         f"Report: {folder.path(saved)}",
+        *(f"Estimated trigger: {path}" for path in triggers),
         *([f"Repaired checkpoint: {report.checkpoint}"] if report.checkpoint else []),
         sep="\n",
         soft_wrap=True,

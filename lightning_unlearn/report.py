@@ -41,7 +41,8 @@ class Report:
         status: ``"repaired"``, ``"clean"``, ``"not backdoored"`` or ``"not improved"``, as :class:`RepairResult` has
             it.
         measured_on: ``"test"`` if ``before`` and ``after`` are of test data that the repair never saw,
-            ``"validation"`` if there was none and they are of the validation part.
+            ``"validation"`` if there was none and they are of the validation part, by which the repair chose its
+            rounds, though it knew no real trigger that was only given for evaluation.
         before: ACC, ASR and RA of the original model, with the real trigger: NaN where nobody knows it.
         after: ACC, ASR and RA of the model as it is now, likewise.
         der: defence effectiveness rating.
@@ -51,10 +52,11 @@ class Report:
         seconds: ``score``, ``evaluate``, ``finetune`` and ``total`` wall-clock time.
         checkpoint: where the repaired model was written, if it was.
         verdict: what the audit said where no trigger was given: ``"clean"``, ``"suspicious"`` or ``"backdoored"``.
-        suspected_target: the class that it suspects.
-        estimated_trigger: the triggers estimated for that class, with family, cost and success.
-        estimated_asr: their attack success rate ``before`` and ``after`` on the clean images that the defender holds:
-            no more than an estimate of what the real trigger does.
+        suspected_target: the class that it suspects most.
+        suspected_targets: every class that it suspects, that one first.
+        estimated_trigger: the triggers estimated for these classes, with family, target, cost and success.
+        estimated_asr: attack success rate of the most suspicious class's, ``before`` and ``after`` on the clean images
+            that the defender holds: no more than an estimate of what the real trigger does.
         labels: ``"predicted"`` if the model's own answers stood in for labels.
         versions: versions of what made this.
     """
@@ -77,6 +79,7 @@ class Report:
     versions: Mapping[str, str]
     verdict: Verdict | None = None
     suspected_target: int | None = None
+    suspected_targets: tuple[int, ...] | None = None
     estimated_trigger: tuple[Mapping[str, Any], ...] | None = None
     estimated_asr: Mapping[str, float] | None = None
     labels: Literal["given", "predicted"] = "given"
@@ -91,6 +94,7 @@ class Report:
         samples_per_class: int | None,
         seed: int,
         test: tuple[Evaluation, Evaluation] | None = None,
+        validation: tuple[Evaluation, Evaluation] | None = None,
         labels: Literal["given", "predicted"] = "given",
         checkpoint: str | os.PathLike[str] | None = None,
     ) -> Report:
@@ -102,11 +106,13 @@ class Report:
             samples_per_class: SPC.
             seed: seed of the draw and of the method.
             test: the model before and after on test data, if there is any, with the real trigger, if it is known.
+            validation: where there is none, the same on the validation part; by default what the repair itself measured
+                there, with the trigger that it was given.
             labels: whether clean images came with labels.
             checkpoint: where the repaired model was written.
         """
-        before, after = test or (result.before, result.after)
-        if trigger is None and test is None:  # what the estimates do is no measure of the real trigger
+        before, after = test or validation or (result.before, result.after)
+        if trigger is None and test is validation is None:  # what the estimates do is no measure of the real trigger
             before, after = (replace(of, asr=math.nan, ra=math.nan) for of in (before, after))
         audit = result.audit
         target = trigger.target if trigger is not None else None if audit is None else audit.suspected_target
@@ -140,6 +146,7 @@ class Report:
             versions={name: _version(name) for name in ("lightning_unlearn", "torch", "lightning")},
             verdict=None if audit is None else audit.verdict,
             suspected_target=None if audit is None else audit.suspected_target,
+            suspected_targets=None if audit is None else audit.suspected_targets,
             estimated_trigger=None if audit is None else tuple(e.to_dict() for e in audit.estimates),
             estimated_asr=None if audit is None else {"before": result.held[0].asr, "after": result.held[1].asr},
             labels=labels,
@@ -175,7 +182,8 @@ class Report:
         if self.status == "not improved":
             return f"Left as it was: {self.method} found nothing better than the original model."
         pruned, total = self.filters["pruned"], self.filters["total"]
-        verdict = f"Verdict: {self.verdict}, target {self.suspected_target}. " if self.verdict else ""
+        targets = ", ".join(map(str, self.suspected_targets or (self.suspected_target,)))
+        verdict = f"Verdict: {self.verdict}, target {targets}. " if self.verdict else ""
         return f"{verdict}{self.method} pruned {pruned} of {total} filters in {self.seconds['total']:.1f} s."
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:

@@ -20,6 +20,8 @@ from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined
 from lightning_unlearn.checkpoint import load_checkpoint
 from lightning_unlearn.folder import Folder
 from lightning_unlearn.report import Report
+from lightning_unlearn.trigger_files import save_triggers
+from lightning_unlearn.verdict import Audit
 
 __all__ = [
     "NO_BEST",
@@ -103,13 +105,15 @@ def save_checkpoint(trainer: Trainer, folder: Folder, name: str) -> None:
         _wait_until_written(trainer)
 
 
-def save_report(trainer: Trainer, folder: Folder, report: Report) -> None:
-    """Write ``report.json``, by the first process.
+def save_report(trainer: Trainer, folder: Folder, report: Report, found: Audit | None = None) -> None:
+    """Write ``report.json``, and before it the triggers that were found, by the first process.
 
     Raises:
         OSError: if it cannot be written.
     """
     if trainer.is_global_zero:
+        if found is not None:
+            save_triggers(found, folder)
         with folder.whole(folder.free("report.json")) as partial:
             folder.fs.pipe(partial, report.to_json().encode())
 

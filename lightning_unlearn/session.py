@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.data.clean import CleanImages
 from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.draw import Split
+from lightning_unlearn.draw import ImagesAndLabels, Split
 from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
 from lightning_unlearn.filters import FilterMask
 from lightning_unlearn.intact import intact
@@ -86,7 +86,8 @@ class Session:
 
         Args:
             trigger: as for :func:`~lightning_unlearn.repair`; the dataset's normalisation is told to it.
-            evaluation_trigger: what rates are measured with where ``trigger`` is unknown.
+            evaluation_trigger: what rates are measured with where ``trigger`` is unknown: on test images, or on the
+                validation part where there are none.
             method: as for :func:`~lightning_unlearn.repair`.
             seed: as for :func:`~lightning_unlearn.repair`.
             batch_size: as for :func:`~lightning_unlearn.repair`.
@@ -108,7 +109,9 @@ class Session:
             num_classes = logits_of(self.logits, split.scoring[0][:1].to(module.dtype)).shape[1]
         if real is not None:
             self._log_pictures(split.scoring, real, num_classes)
-        before = self._test(real, num_classes, processes)
+        # Loaded once more, so that no trigger can change what the repair is given.
+        apart = None if evaluation_trigger is None or clean.has_test else clean.validation()
+        before = self._measured(real, apart, num_classes, processes)
         with round_progress(trainer) as show, stage_progress(trainer) as show_stage:
             pruned = 0
 
@@ -145,27 +148,34 @@ class Session:
         if result.audit is not None:
             self._log_pictures(split.scoring, result.trigger, num_classes, "estimated_trigger")
         processes.align(module)
-        after = self._test(real, num_classes, processes)
+        after = self._measured(real, apart, num_classes, processes)
+        both = None if before is None or after is None else (before, after)
         report = Report.of(
             result,
             trigger,
             samples_per_class=clean.holdout.samples_per_class,
             seed=seed,
-            test=None if before is None or after is None else (before, after),
+            test=both if clean.has_test else None,
+            validation=None if clean.has_test else both,
             labels=clean.labels,
         )
         report = trainer.strategy.broadcast(report)
         log_report(trainer, report)
         return result, report
 
-    def _test(self, trigger: Trigger | None, num_classes: int, processes: Processes) -> Evaluation | None:
-        """The module as it is now on test images, if there are any."""
-        if not self.clean.has_test:
-            return None
+    def _measured(
+        self, trigger: Trigger | None, apart: ImagesAndLabels | None, num_classes: int, processes: Processes
+    ) -> Evaluation | None:
+        """The module as it is now on test images if there are any, else on the images that are given, if any are."""
         with intact(self.module), warnings.catch_warnings():
             if trigger is None:  # then no image counts for its rates, which is no fault of the images
                 warnings.filterwarnings("ignore", message="The .* has no image to count")
-            return evaluate(self.logits, self.clean.test(trigger, num_classes, processes), processes)
+            if self.clean.has_test:
+                return evaluate(self.logits, self.clean.test(trigger, num_classes, processes), processes)
+            if apart is None or trigger is None:
+                return None
+            pairs = Pairs.stamp(*apart, trigger, num_classes=num_classes).to(self.module.device, self.module.dtype)  # type: ignore[arg-type]  # never the str it may be
+            return evaluate(self.logits, pairs[processes.share(len(pairs))].batches(len(pairs)), processes)
 
     def _log_pictures(
         self, part: tuple[Tensor, Tensor], trigger: Trigger, num_classes: int, name: str = "trigger"

@@ -88,7 +88,8 @@ class Audit:
         score: that class's score; at most 1 for a clean verdict.
         classes: all classes that were looked at closely, in order.
         num_classes: how many classes the model knows.
-        estimates: the triggers estimated for the class with the highest score, one a family.
+        estimates: the triggers estimated for the class with the highest score, one a family, and then those for every
+            other class above the limit.
         labels: ``"given"``, or ``"predicted"`` if the model's own answers stood in for labels.
         unseen: classes of which there was no clean image; they were looked at with the images of the others.
         complete: whether there was time for all classes and steps.
@@ -109,19 +110,36 @@ class Audit:
     @property
     def usual(self) -> dict[Family, Usual]:
         """By family, the costs of all classes but the most suspicious one."""
-        rest = sorted(self.classes, key=lambda entry: entry.score)[:-1]
-        return {family: Usual.of([entry.cost[family] for entry in rest]) for family in self.classes[0].cost}
+        return self.usual_without([entry.target for entry in sorted(self.classes, key=lambda e: e.score)[-1:]])
+
+    def usual_without(self, targets: Sequence[int]) -> dict[Family, Usual]:
+        """The same without these classes, which are to be judged by the others."""
+        rest = [entry for entry in self.classes if entry.target not in targets]
+        families = self.classes[0].cost if self.classes else ()
+        return {family: Usual.of([entry.cost[family] for entry in rest]) for family in families}
+
+    @property
+    def suspected_targets(self) -> tuple[int, ...]:
+        """Every class above the limit, the most suspicious first: a model may have several backdoors."""
+        ordered = sorted(self.classes, key=lambda entry: -entry.score)
+        return tuple(entry.target for entry in ordered if entry.score > 1)
 
     @property
     def trigger(self) -> Trigger:
-        """The estimated triggers of the suspected class as one."""
-        return TriggerPool([estimate.trigger for estimate in self.estimates])
+        """The estimated triggers of the most suspicious class as one."""
+        return TriggerPool([estimate.trigger for estimate in self._foremost])
+
+    @property
+    def _foremost(self) -> tuple[Estimate, ...]:
+        """The estimates of the most suspicious class alone."""
+        return tuple(estimate for estimate in self.estimates if estimate.target == self.estimates[0].target)
 
     def to_dict(self) -> dict[str, Any]:
         """The audit in plain Python, as ``audit.json`` holds it."""
         plain = {name: value for name, value in vars(self).items() if name not in ("classes", "estimates")}
         return {
             **plain,
+            "suspected_targets": list(self.suspected_targets),
             "unseen": list(self.unseen),
             "classes": [asdict(entry) for entry in self.classes],
             "estimates": [estimate.to_dict() for estimate in self.estimates],
@@ -133,7 +151,7 @@ class Audit:
             return (
                 f"Verdict: clean (score {self.score:.2f}, above 1 is suspicious): no class has too universal a trigger."
             )
-        best = max(self.estimates, key=lambda estimate: estimate.success)
+        best = max(self._foremost, key=lambda estimate: estimate.success)
         return (
             f"Verdict: {self.verdict} (score {self.score:.2f}, above 1 is suspicious): one {best.family} change sends "
             f"{best.success:.0%} of other images to class {self.suspected_target}."
@@ -148,13 +166,15 @@ class Audit:
         for column in ("class", "score ↓", *COMPARED, "last layer"):
             table.add_column(column, justify="right")
         for entry in sorted(self.classes, key=lambda entry: -entry.score)[:_SHOWN]:
-            style = "bold red" if entry.target == self.suspected_target else None
+            style = "bold red" if entry.target in self.suspected_targets else None
             table.add_row(str(entry.target), f"{entry.score:.2f}", *_cells(entry), style=style)
         return table
 
     def notes(self) -> str:
         """The verdict, and what must be known to read it."""
-        notes = [self.summary()]
+        notes, others = [self.summary()], self.suspected_targets[1:]
+        if others:
+            notes.append(f"Above the limit, too: class {', '.join(map(str, others))}.")
         if self.labels == "predicted":
             notes.append("The model's own answers stood in for labels.")
         if self.unseen:

@@ -18,8 +18,10 @@ from torch.utils.data import Dataset
 
 from lightning_unlearn import entry
 from lightning_unlearn.cli import main
+from lightning_unlearn.triggers import EstimatedTrigger
 from lightning_unlearn.verdict import Audit
 
+TRIGGER = "estimated_trigger-0.safetensors"
 QUIET = {"accelerator": "cpu", "devices": 1, "logger": False}
 PATCH = {"class_path": "lightning_unlearn.triggers.PatchTrigger", "init_args": {"size": 1, "target": 0}}
 
@@ -78,6 +80,12 @@ def folder(hand_victim, tmp_path, monkeypatch):
     save(hand_victim, "clean.ckpt")
     write("audit.yaml")
     return tmp_path
+
+
+def backdoored_again(victim: Any) -> None:
+    """What the fixture took away for the innocent checkpoint."""
+    with torch.no_grad():
+        victim.net[0].weight[3, 0, 3, 3] = 1
 
 
 def files(folder: Path) -> list[str]:
@@ -186,30 +194,41 @@ def test_json_alone_on_standard_output(folder, monkeypatch, capfd, ckpt, verdict
 @pytest.mark.parametrize("spelling", ["--output-dir", "--output_dir"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_output_dir(folder, hand_victim, capsys, channels, spelling):
+    backdoored_again(hand_victim)
     save(hand_victim, "c.ckpt", channels=channels)
     write("audit.yaml", channels=channels)
     found = audit(spelling, "new", ckpt="c.ckpt")
-    assert files(folder / "new") == ["audit.json", "audit.png"]
+    assert files(folder / "new") == ["audit.json", "audit.png", TRIGGER]
     assert json.loads(Path("new/audit.json").read_text()) == json.loads(json.dumps(found.to_dict()))
     with Image.open("new/audit.png") as picture:
         assert min(picture.size) > 100
         assert len(picture.convert("L").getcolors()) > 2
-    assert "Everything is in new: audit.json, audit.png" in capsys.readouterr().out
+    assert f"Everything is in new: audit.json, audit.png, {TRIGGER}" in capsys.readouterr().out
+    read = EstimatedTrigger(f"new/{TRIGGER}")
+    assert [estimate.to_dict() for estimate in read.estimates] == [estimate.to_dict() for estimate in found.estimates]
+    images = HandImages(channels).images
+    assert torch.equal(read(images), found.trigger(images))
+
+
+def test_a_clean_verdict_has_no_trigger_to_keep(folder):
+    assert audit("--output-dir", "new", ckpt="clean.ckpt").verdict == "clean"
+    assert files(folder / "new") == ["audit.json", "audit.png"]
 
 
 def test_no_picture_of_what_pictures_cannot_show(folder, hand_victim, monkeypatch, capsys):
+    backdoored_again(hand_victim)
     save(hand_victim, "backdoored.ckpt", channels=2)
     write("audit.yaml", channels=2)
-    assert code(monkeypatch, "--output-dir", "new") in (0, 3)
-    assert files(folder / "new") == ["audit.json"]
-    assert "Everything is in new: audit.json\n" in capsys.readouterr().out
+    assert code(monkeypatch, "--output-dir", "new") == 3
+    assert files(folder / "new") == ["audit.json", TRIGGER]
+    assert f"Everything is in new: audit.json, {TRIGGER}\n" in capsys.readouterr().out
 
 
 def test_no_picture_without_matplotlib(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert code(monkeypatch, "--output-dir", "new") == 3
-    assert files(folder / "new") == ["audit.json"]
-    assert "Everything is in new: audit.json\n" in capsys.readouterr().out
+    assert files(folder / "new") == ["audit.json", TRIGGER]
+    assert f"Everything is in new: audit.json, {TRIGGER}\n" in capsys.readouterr().out
 
 
 def test_a_used_folder_is_refused(folder, monkeypatch):
@@ -230,7 +249,7 @@ def test_repair_removes_what_nobody_knew(folder, capsys):
     )  # fmt: skip
     assert (report.status, report.verdict, report.suspected_target) == ("repaired", "backdoored", 0)
     assert report.filters["by_layer"] == {"net.0": [3]}
-    assert files(folder / "new") == ["backdoored-unlearned.ckpt", "report.json"]
+    assert files(folder / "new") == ["backdoored-unlearned.ckpt", TRIGGER, "report.json"]
     read = json.loads(Path("new/report.json").read_text())
     assert read == json.loads(json.dumps(report.to_dict()))
     assert (read["before"]["asr"], read["after"]["asr"]) == (None, None)
@@ -238,6 +257,30 @@ def test_repair_removes_what_nobody_knew(folder, capsys):
     printed = capsys.readouterr().out
     assert "unknown trigger" in printed
     assert "ASR of the estimated trigger" in printed
+    assert f"Estimated trigger: new/{TRIGGER}\n" in printed
+    estimates = EstimatedTrigger(f"new/{TRIGGER}").estimates
+    assert [estimate.to_dict() for estimate in estimates] == list(report.estimated_trigger)
+
+
+def test_what_was_found_is_a_trigger_of_a_later_repair(folder):
+    audit("--output-dir", "audited")
+    words = ["repair", "--config", "audit.yaml", "--ckpt_path", "backdoored.ckpt", "--output-dir", "repaired"]
+    trigger = ["--unlearning.trigger=EstimatedTrigger", f"--unlearning.trigger.path=audited/{TRIGGER}"]
+    report = main([*words, *trigger])
+    assert (report.status, report.trigger, report.target) == ("repaired", "EstimatedTrigger", 0)
+    assert report.filters["by_layer"] == {"net.0": [3]}
+    assert report.after["asr"] < 0.5 < report.before["asr"]
+    assert report.verdict is None  # it was told, so nothing was estimated
+    assert files(folder / "repaired") == ["backdoored-unlearned.ckpt", "report.json"]
+
+
+def test_a_trigger_file_that_is_none_is_an_error_of_one_line(folder, monkeypatch, capsys):
+    Path("bad.safetensors").write_text("nothing")
+    words = ["--unlearning.trigger=EstimatedTrigger", "--unlearning.trigger.path=bad.safetensors"]
+    left = code(monkeypatch, *words, command="repair")
+    text = left if isinstance(left, str) else " ".join(capsys.readouterr().err.split())
+    assert left != 0
+    assert "path: 'bad.safetensors' is no safetensors file" in text
 
 
 def test_repair_leaves_a_clean_model_alone(folder, monkeypatch, capsys):

@@ -11,7 +11,8 @@ from torch.utils.data import TensorDataset
 from lightning_unlearn import audit, auditor
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.head import prominence
-from lightning_unlearn.triggers import Normalization
+from lightning_unlearn.triggers import AdditiveTrigger, Normalization
+from lightning_unlearn.triggers.inversion import Estimate
 
 FAST = Auditor(steps=15)
 
@@ -156,12 +157,93 @@ def test_of_many_classes_the_hopeless_are_dropped_and_the_target_survives(target
     assert found.num_classes == 15
 
 
+def test_the_screen_keeps_a_class_that_costs_far_less_than_the_others(monkeypatch):
+    """Even if it is, so early, the least universal of all."""
+    looked_at = []
+
+    def individual_costs(forward, pixels, labels, *, classes, batch_size):
+        return {family: [0.02 if c == 4 else 0.1 for c in classes] for family in auditor.COMPARED}
+
+    def invert(forward, pixels, labels, *, family, classes, **options):
+        looked_at.append((family, list(classes), options["steps"]))
+        pattern = torch.zeros(1, 15, 6)
+        return [
+            Estimate(AdditiveTrigger(pattern, target=c), family, c, 0.05 if c == 4 else 0.2 + 0.001 * c, 1.0)
+            for c in classes
+        ]
+
+    monkeypatch.setattr(auditor, "individual_costs", individual_costs)
+    monkeypatch.setattr(auditor, "invert", invert)
+    found = examined(honest, rows(classes=15), by=Auditor(screen_steps=7, steps=9, batch_size=1))
+    assert looked_at[0] == ("additive", list(range(15)), 7)
+    assert all((len(classes), steps) == (12, 9) for family, classes, steps in looked_at[1:] if family != "residual")
+    assert 4 in [entry.target for entry in found.classes]
+
+
 def test_progress_is_told_to_the_end():
     told = []
     examined(on_progress=lambda *step: told.append(step))
     assert {family for family, _, _ in told} >= {"additive", "covering", "displacing"}
     for family in ("additive", "covering", "displacing"):
         assert [step[1:] for step in told if step[0] == family] == [(n + 1, 15) for n in range(15)]
+
+
+def test_an_audit_may_start_from_earlier_estimates():
+    model = backdoored(0, strength=300)
+    first = examined(model, by=Auditor(steps=60))
+    hasty = Auditor(steps=2)
+    cold, warm = (examined(model, by=hasty, start=start) for start in ((), first.estimates))
+    assert numbers(cold) == numbers(examined(model, by=hasty))
+    assert first.suspected_target == 0
+    assert warm.classes[0].success["additive"] > cold.classes[0].success["additive"]
+    assert [(entry.cost, entry.success) for entry in warm.classes[1:]] == [
+        (entry.cost, entry.success) for entry in cold.classes[1:]
+    ]
+
+
+# Several backdoors
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """``scores(0.1, 2.0, ...)``: what the classes get, whatever their estimates."""
+
+    def set_to(*values):
+        judged = auditor.judged
+
+        def scored(*given):
+            entries = judged(*given)
+            return tuple(auditor.replace(entry, score=values[entry.target]) for entry in entries)
+
+        monkeypatch.setattr(auditor, "judged", scored)
+
+    return set_to
+
+
+def test_every_class_above_the_limit_is_named_with_its_estimates(scores):
+    scores(1.05, 0.9, 3.0, 1.0)
+    found = examined(by=Auditor(steps=40))
+    assert (found.suspected_target, found.suspected_targets) == (2, (2, 0))
+    assert [estimate.target for estimate in found.estimates] == sorted(
+        (estimate.target for estimate in found.estimates), reverse=True
+    )
+    assert {estimate.target for estimate in found.estimates} == {2, 0}
+    assert found.trigger.target == 2
+    assert len(found.trigger.triggers) == sum(estimate.target == 2 for estimate in found.estimates)
+    assert {estimate.target for estimate in found.estimates if estimate.family == "residual"} <= {2}
+    assert found.to_dict()["suspected_targets"] == [2, 0]
+    assert "sends" in found.summary()
+    assert "to class 2." in found.summary()
+    assert "Above the limit, too: class 0." in found.notes()
+
+
+@pytest.mark.parametrize(("values", "suspects"), [((0.9, 0.9, 3.0, 1.0), (2,)), ((0.9, 0.9, 1.0, 0.1), ())])
+def test_one_class_above_the_limit_or_none(scores, values, suspects):
+    scores(*values)
+    found = examined(by=Auditor(steps=40))
+    assert found.suspected_targets == suspects
+    assert len({estimate.target for estimate in found.estimates}) == 1
+    assert "Above the limit, too" not in found.notes()
 
 
 # Images

@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
 import lightning_unlearn
-from benchmarks import detection, matrix, repairs, tables, victims
+from benchmarks import classes, detection, matrix, repairs, tables, victims
 from benchmarks.figures import plot
 from benchmarks.trigger_free import ForeignConcept, pull_concept
-from lightning_unlearn import methods, repair
+from lightning_unlearn import audit, methods, repair
+from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.data import Digits
 from lightning_unlearn.verdict import LIMITS
 
@@ -137,7 +139,7 @@ def test_a_victim_whose_training_diverged_is_not_kept(tmp_path, monkeypatch):
     images, labels = torch.rand(4, 1, 32, 32), torch.arange(4)
     monkeypatch.setattr(victims, "load", lambda name, split: (images, labels))
     monkeypatch.setattr(victims, "_fit", lambda net, *_: torch.nn.init.constant_(net.classify.weight, float("nan")))
-    with pytest.raises(FloatingPointError, match="badnets.*training diverged"):
+    with pytest.raises(FloatingPointError, match=r"badnets.*training diverged"):
         victims.train(victim, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -204,3 +206,36 @@ def test_an_imbalanced_model_is_honest_and_saw_a_class_more_often(monkeypatch):
     assert torch.equal(labels[~changed], plain[~changed])
     known = {image.numpy().tobytes() for image in digits.images[digits.targets == 3]}
     assert {image.numpy().tobytes() for image in images[changed]} <= known
+
+
+def test_numbers_of_two_digits():
+    numbers = classes.Numbers(43, 7, seed=0)
+    digits = Digits(part="holdout", size=8)
+    images, labels = numbers.images("holdout")
+    assert images.shape == (430, 1, 8, 16)
+    assert torch.bincount(labels).tolist() == [10] * 43
+    for place in (0, 42 * 10 + 3):
+        for half, digit in zip(images[place].chunk(2, dim=2), divmod(int(labels[place]), 10), strict=True):
+            same = (digits.images == half).flatten(1).all(1)
+            assert digits.targets[same].tolist() == [digit]
+    assert torch.equal(images, numbers.images("holdout")[0])
+
+
+def test_networks_of_many_classes():
+    networks = list(classes.networks())
+    assert sorted(n.classes for n in networks) == [43] * 4 + [100] * 4
+    assert sum(n.target is None for n in networks) == 4
+    assert all(n.target is None or n.target < n.classes for n in networks)
+
+
+def test_a_network_of_many_classes_is_examined(monkeypatch):
+    monkeypatch.setattr(classes, "_EACH", {"train": 30, "holdout": 2, "test": 2})
+    monkeypatch.setattr(classes, "_EPOCHS", 3)
+    monkeypatch.setattr(classes, "audit", partial(audit, auditor=Auditor(steps=2, screen_steps=1)))
+    done = classes.examine(classes.Numbers(16, 7, seed=0), samples_per_class=2)
+    assert len(done["kept"]) == len(done["scores"]) == 12
+    assert 0 < done["cpu_seconds"] < 100
+    assert json.loads(json.dumps(done)) == done
+    row = classes.table([done]).splitlines()[-1]
+    assert row.startswith("| 16 | BadNets, target 7, seed 0 | 2 | ")
+    assert row.endswith(f"{done['cpu_seconds'] / 16:.2f} a class |")

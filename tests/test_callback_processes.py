@@ -299,7 +299,9 @@ def test_what_outlives_the_processes(results, name):
 
 @pytest.mark.parametrize("name", ["one", "two", "trained", "unknown, one", "unknown, two"])
 def test_files_are_written_once(results, name):
-    assert results[name]["files"] == ["model-unlearned.ckpt", "report.json"]
+    targets = {estimate["target"] for estimate in results[name]["report"]["estimated_trigger"] or ()}
+    kept = [f"estimated_trigger-{target}.safetensors" for target in sorted(targets)]
+    assert results[name]["files"] == [*kept, "model-unlearned.ckpt", "report.json"]
     assert Path(results[name]["report"]["checkpoint"]).name == "model-unlearned.ckpt"
 
 

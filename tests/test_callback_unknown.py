@@ -17,7 +17,14 @@ from lightning_unlearn import BackdoorUnlearning, HoldoutDataModule
 from lightning_unlearn import session as session_module
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, RepairMethod
-from lightning_unlearn.triggers import BlendTrigger, FunctionTrigger, PatchTrigger, Trigger, TriggerPool
+from lightning_unlearn.triggers import (
+    BlendTrigger,
+    EstimatedTrigger,
+    FunctionTrigger,
+    PatchTrigger,
+    Trigger,
+    TriggerPool,
+)
 from tests.small_fits import Setting, backdoor_is_gone
 
 # After so few steps an estimate exists for the hand-made victim's class 0 alone, and for none once filter 3 is zero.
@@ -111,6 +118,30 @@ def test_all_to_all_is_no_business_of_an_alternation(setting):
         fit(setting, trigger=trigger, method=Alternation(), force=True)
 
 
+# Estimates in files
+
+
+def test_what_was_unlearned_is_kept(setting):
+    callback, _ = fit(setting)
+    (path,) = setting.folder.rglob("estimated_trigger-0.safetensors")
+    read = EstimatedTrigger(path)
+    assert [estimate.to_dict() for estimate in read.estimates] == list(callback.report.estimated_trigger)
+    images = setting.victim.clean.tensors[0]
+    assert torch.equal(read(images), callback.found.trigger(images))
+    again, model = setting.callback(trigger=read), setting.model()
+    setting.trainer(again).fit(model, setting.loader())
+    assert (again.report.status, again.report.trigger, again.found) == ("repaired", "EstimatedTrigger", None)
+    assert backdoor_is_gone(model)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_of_a_clean_model_only_what_was_forced_is_kept(innocent, force):
+    callback, _ = fit(innocent, force=force)
+    assert callback.report.verdict == "clean"
+    assert (callback.found is not None) == force
+    assert len([name for name in innocent.files() if "estimated_trigger" in name]) == force
+
+
 # Images without labels
 
 
@@ -186,6 +217,37 @@ def test_real_rates_with_an_evaluation_trigger(setting):
     assert callback.report.headline().startswith("ACC ↑ 1.000 → 1.000, ASR ↓ 1.000 → 0.000, RA ↑ 0.000 → 1.000, ASR of")
 
 
+def test_real_rates_are_the_validation_parts_where_there_are_no_test_images(setting):
+    callback, _ = fit(setting, evaluation_trigger=setting.victim.trigger)
+    read = written(setting)
+    assert read["measured_on"] == "validation"
+    assert read["before"] == {"acc": 1.0, "asr": 1.0, "ra": 0.0}
+    assert read["after"] == {"acc": 1.0, "asr": 0.0, "ra": 1.0}
+    assert (read["trigger"], read["der"]) == ("unknown", 1.0)
+    assert str(callback.report).startswith("| validation data | before | after |")
+    assert 0 <= read["estimated_asr"]["after"] < read["estimated_asr"]["before"] == 1
+
+
+def test_real_rates_on_the_validation_part_are_of_those_very_images(setting):
+    """By hand, with a trigger that works on some of them only."""
+    patch = setting.victim.trigger
+
+    def on_bright_ones(pixels):
+        return torch.where(pixels.amax((1, 2, 3), keepdim=True) > 0.97, patch.stamp(pixels.clone()), pixels)
+
+    sometimes = FunctionTrigger(on_bright_ones, target=0)
+    callback, _ = fit(setting, evaluation_trigger=sometimes, validation_share=0.75)
+    model = setting.model()
+    images, labels = callback.clean_images(model).validation()
+    assert len(labels) == 9
+    with torch.no_grad():
+        answers = model.eval()(sometimes(images)).argmax(1)
+    others = labels != 0
+    assert 0 < callback.report.before["asr"] < 1
+    assert callback.report.before["asr"] == pytest.approx((answers == 0)[others].float().mean().item())
+    assert callback.report.before["ra"] == pytest.approx((answers == labels)[others].float().mean().item())
+
+
 def test_callback_metrics_hold_what_is_known(setting):
     callback, trainer = setting.callback(**UNKNOWN), setting.trainer()
     trainer.callbacks.insert(0, callback)
@@ -228,7 +290,9 @@ class Spy(RepairMethod):
         return GradPrune(max_rounds=1, finetune=False).repair(task)
 
 
-def test_the_evaluation_trigger_never_reaches_the_repair(setting, monkeypatch):
+@pytest.mark.parametrize("has_test", [True, False])
+def test_the_evaluation_trigger_never_reaches_the_repair(setting, monkeypatch, has_test):
+    data = {"clean_data": held_out(setting)} if has_test else {}
     real, spy, given = Watched(), Spy(), []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -241,7 +305,7 @@ def test_the_evaluation_trigger_never_reaches_the_repair(setting, monkeypatch):
 
     repair_split = session_module.repair_split
     monkeypatch.setattr(session_module, "repair_split", watched)
-    callback, _ = fit(setting, clean_data=held_out(setting), evaluation_trigger=real, method=spy)
+    callback, _ = fit(setting, **data, evaluation_trigger=real, method=spy)
     assert callback.report.status == "repaired"
     ((args, kwargs),) = given
     assert kwargs["trigger"] is None
@@ -260,9 +324,11 @@ def _careless(images: Tensor) -> Tensor:
     return images.mul_(0).add_(torch.rand_like(images))
 
 
-def test_weights_do_not_depend_on_the_evaluation_trigger(setting):
+@pytest.mark.parametrize("has_test", [True, False])
+def test_weights_do_not_depend_on_the_evaluation_trigger(setting, has_test):
+    data = {"clean_data": held_out(setting)} if has_test else {}
     triggers = [None, setting.victim.trigger, BlendTrigger(ratio=0.5, target=2), FunctionTrigger(_careless, target=1)]
-    found = [fit(setting, clean_data=held_out(setting), evaluation_trigger=trigger) for trigger in triggers]
+    found = [fit(setting, **data, evaluation_trigger=trigger) for trigger in triggers]
     (first, weights), *others = found
     assert first.report.status == "repaired"
     assert all(same(weights, other) for _, other in others)

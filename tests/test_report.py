@@ -22,7 +22,7 @@ from lightning_unlearn.repair import RepairResult, repair
 from lightning_unlearn.report import Report
 from lightning_unlearn.triggers import BlendTrigger, PatchTrigger
 from lightning_unlearn.triggers.inversion import Estimate
-from lightning_unlearn.verdict import Audit
+from lightning_unlearn.verdict import Audit, ClassAudit
 
 BEFORE = Evaluation(acc=0.9, asr=1.0, ra=0.0, loss=0.3, unlearning_loss=5.0)
 AFTER = Evaluation(acc=0.8, asr=0.1, ra=0.7, loss=0.4, unlearning_loss=0.5)
@@ -119,6 +119,7 @@ def test_the_schema(report):
         },
         "verdict": None,
         "suspected_target": None,
+        "suspected_targets": None,
         "estimated_trigger": None,
         "estimated_asr": None,
         "labels": "given",
@@ -330,6 +331,24 @@ def test_real_rates_beside_the_estimated_one(unknown):
     assert (report.measured_on, report.trigger) == ("test", "unknown")
     assert report.der == pytest.approx(0.9)
     assert report.estimated_asr == {"before": 0.95, "after": 0.15}
+
+
+def test_real_rates_of_the_validation_part(unknown):
+    report = Report.of(unknown, None, samples_per_class=10, seed=7, validation=(HELD_BEFORE, HELD_AFTER))
+    assert (report.before, report.after) == (HELD_BEFORE.rates(), HELD_AFTER.rates())
+    assert (report.measured_on, report.trigger) == ("validation", "unknown")
+    with_test = Report.of(
+        unknown, None, samples_per_class=10, seed=7, test=(BEFORE, AFTER), validation=(HELD_BEFORE, HELD_AFTER)
+    )
+    assert (with_test.before, with_test.measured_on) == (BEFORE.rates(), "test")
+
+
+def test_several_suspects(unknown):
+    entries = tuple(ClassAudit(c, score, {}, {}, {}) for c, score in enumerate((1.2, 0.1, 1.0, 1.7)))
+    unknown = dataclasses.replace(unknown, audit=dataclasses.replace(unknown.audit, classes=entries))
+    report = Report.of(unknown, None, samples_per_class=10, seed=7)
+    assert (report.target, report.suspected_target, report.to_dict()["suspected_targets"]) == (3, 3, [3, 0])
+    assert report.summary().startswith("Verdict: backdoored, target 3, 0. ")
 
 
 def test_predicted_labels_are_told(unknown):

@@ -80,6 +80,18 @@ def test_spreads_below_what_is_usual():
     assert Usual.of([]).below(0.1) == 0
 
 
+def test_what_is_usual_without_some_classes():
+    entries = tuple(
+        ClassAudit(c, score, {"additive": math.exp(c)}, {"additive": 0.1}, {"additive": 1.0})
+        for c, score in enumerate((3.0, 0.5, 2.0, 0.1))
+    )
+    found = an_audit(classes=entries)
+    assert found.usual == {"additive": Usual.of([math.exp(c) for c in (1, 2, 3)])}
+    assert found.usual_without([0, 2]) == {"additive": Usual.of([math.exp(c) for c in (1, 3)])}
+    assert found.usual_without([0, 2])["additive"].cost == pytest.approx(2)
+    assert an_audit(classes=()).usual_without([0]) == {}
+
+
 def test_a_class_among_those_of_an_earlier_audit():
     usual = {"additive": Usual.of([1.0, 1.0])}
     (only,) = judged({"additive": estimates("additive", math.exp(-0.5))}, {"additive": [0.3 * math.exp(-0.5)]}, usual)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.data.pairs import Pairs
@@ -17,13 +17,16 @@ from lightning_unlearn.triggers import AdditiveTrigger, Trigger, TriggerPool
 
 __all__ = ["Alternation"]
 
+_DOUBTFUL = 0.8  # a class with a higher score is audited again after each repair, though only above 1 repaired
+
 
 class Alternation(RepairMethod):
     """Repair against estimated triggers with another method, as often as cheap triggers come up.
 
     An inversion finds *one* answer to what sends everything to the target; the attacker's trigger may be another one.
-    So the task's trigger, an estimate, is unlearned by ``method``; then triggers of the same class are estimated anew
-    on the repaired model, and join those before, until the class is no more universal than innocent ones are
+    So the task's trigger, an estimate, is unlearned by ``method``, together with those of other classes that the audit
+    suspects; then triggers of these classes, and of others that it nearly suspects, are estimated anew on the repaired
+    model. What stands out joins those before, until no such class is more universal than innocent ones are
     (:class:`~lightning_unlearn.Audit`), until ``rounds`` are over, or until a round costs more accuracy than
     ``accuracy_drop`` allows, which is then taken back.
 
@@ -38,6 +41,8 @@ class Alternation(RepairMethod):
         rounds: most repairs.
         strength: factor of additive estimates, at least 1.
         accuracy_drop: α, the most accuracy that all rounds together may cost, on all clean images held, in (0, 1].
+        warm_start: estimate anew from what was estimated before instead of from random values; whether that helps is
+            not known.
 
     Raises:
         TypeError: if ``method`` is not a RepairMethod.
@@ -59,6 +64,7 @@ class Alternation(RepairMethod):
         rounds: int = 3,
         strength: float = 2.0,
         accuracy_drop: float = 0.1,
+        warm_start: bool = False,
     ) -> None:
         if method is not None and not isinstance(method, RepairMethod):
             raise TypeError(
@@ -74,6 +80,7 @@ class Alternation(RepairMethod):
         self.rounds = rounds
         self.strength = strength
         self.accuracy_drop = accuracy_drop
+        self.warm_start = warm_start
 
     @property
     def name(self) -> str:
@@ -88,7 +95,12 @@ class Alternation(RepairMethod):
                 f"trigger: estimates are of one class, but this trigger's target is {target!r}; repair with "
                 f"{self.method.name} itself."
             )
-        pool = _members(task.trigger)
+        known = [] if task.audit is None else list(task.audit.estimates)
+        pool = _members(task.trigger) + [estimate.trigger for estimate in known if estimate.target != target]
+        # A model may have several backdoors, of which one makes the others stand out less.
+        classes = () if task.audit is None else task.audit.classes
+        watched = list(dict.fromkeys([target, *(entry.target for entry in classes if entry.score > _DOUBTFUL)]))
+        usual = None if task.audit is None else task.audit.usual_without(watched)
         for number in range(1, self.rounds + 1):
             steps, weights = task.mask.steps, [tensor.detach().clone() for tensor in _tensors(task)]
             stage = self._task(task, pool)
@@ -111,32 +123,51 @@ class Alternation(RepairMethod):
                     held_out=task.validation.clean,
                     normalization=task.trigger.normalization,
                     model=task.model,
-                    classes=[target],
-                    usual=None if task.audit is None else task.audit.usual,
+                    classes=watched,
+                    usual=usual,
+                    start=known if self.warm_start else (),
                     on_progress=task.on_progress,
                 )
                 found = task.processes.outcome_of_first(examine)
             if found.verdict == "clean":
                 return
             pool += [estimate.trigger for estimate in found.estimates]
+            known += found.estimates
 
     def _task(self, task: RepairTask, pool: list[Trigger]) -> RepairTask:
         """The same task with images that carry the pool's triggers."""
-        trigger: Trigger = TriggerPool([self._stronger(member) for member in pool])
+        trigger: Trigger = _Dealt([self._stronger(member) for member in pool])
         if task.trigger.normalization is not None:
             trigger = trigger.normalized(task.trigger.normalization)
         trigger = trigger.to(task.scoring.clean.device)
 
         def stamped(pairs: Pairs) -> Pairs:
             with torch.no_grad():
-                return replace(pairs, triggered=trigger(pairs.clean))
+                targets = trigger.targets(pairs.labels, task.answers.shape[1])
+                return replace(pairs, triggered=trigger(pairs.clean), targets=targets)
 
-        return replace(task, trigger=trigger, scoring=stamped(task.scoring), validation=stamped(task.validation))
+        stage = replace(task, trigger=trigger, scoring=stamped(task.scoring), validation=stamped(task.validation))
+        # What a repair may cost counts from the untouched model, what it has to lower is the loss on these very pairs.
+        stage.before = replace(task.before, unlearning_loss=stage.validate().unlearning_loss)
+        return stage
 
     def _stronger(self, trigger: Trigger) -> Trigger:
         if isinstance(trigger, AdditiveTrigger):
             return AdditiveTrigger(trigger.pattern * self.strength, target=trigger.target)
         return trigger
+
+
+class _Dealt(TriggerPool):
+    """Triggers of several classes, dealt out over a batch, whose images and labels must be given in the same order."""
+
+    def __init__(self, triggers: Sequence[Trigger]) -> None:
+        super().__init__(triggers[:1])
+        self.triggers = nn.ModuleList(triggers)
+
+    def targets(self, labels: Tensor, num_classes: int) -> Tensor:
+        wanted = [trigger.targets(labels, num_classes) for trigger in _members(self)]
+        dealt = torch.arange(len(labels), device=labels.device) % len(wanted)
+        return torch.stack(wanted).gather(0, dealt[None])[0]
 
 
 def _members(trigger: Trigger) -> list[Trigger]:

@@ -99,6 +99,7 @@ class GradPrune(RepairMethod):
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Prune round by round, restore the best round, fine-tune."""
         best_loss, best_round = task.before.unlearning_loss, 0
+        earlier = task.mask.steps  # of another repair in an alternation
         probe = self._probe(task)
         for number in count(1):
             if self.max_rounds is not None and number > self.max_rounds:
@@ -117,7 +118,7 @@ class GradPrune(RepairMethod):
                 best_loss, best_round = now.unlearning_loss, number
             elif number - best_round >= self.patience:
                 break
-        task.mask.undo(task.mask.steps - best_round)
+        task.mask.undo(task.mask.steps - earlier - best_round)
         if self.finetune:
             yield from self.finetune.repair(task)
 

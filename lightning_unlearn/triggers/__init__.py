@@ -14,6 +14,7 @@ from lightning_unlearn.triggers.pool import TriggerPool
 from lightning_unlearn.triggers.preview import preview
 from lightning_unlearn.triggers.quantize import QuantizeTrigger
 from lightning_unlearn.triggers.sinusoid import SinusoidTrigger
+from lightning_unlearn.triggers.stored import EstimatedTrigger
 from lightning_unlearn.triggers.warp import WarpTrigger
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ComposeTriggers",
     "CoveringTrigger",
     "DisplacingTrigger",
+    "EstimatedTrigger",
     "FunctionTrigger",
     "LowFrequencyTrigger",
     "Normalization",

@@ -86,6 +86,27 @@ class _Stack(ABC):
     def trigger(self, tensors: Sequence[Tensor], target: int) -> Trigger:
         """One class's trigger from its part of the tensors."""
 
+    def learned(self, trigger: Trigger) -> list[Tensor]:
+        """The tensors that :meth:`trigger` makes a trigger of."""
+        return list(trigger.buffers())
+
+    def resume(self, place: int, trigger: Trigger) -> None:
+        """Let one class start from an earlier trigger instead of from random values.
+
+        Raises:
+            ValueError: if that is of another family, or was estimated for other images.
+        """
+        given, wanted = self.learned(trigger), [tensor.shape[1:] for tensor in self.tensors]
+        if [tensor.shape for tensor in given] != wanted:
+            raise ValueError(
+                f"start: expected tensors of {', '.join(str(tuple(shape)) for shape in wanted)}, but the "
+                f"{type(trigger).__name__} has {', '.join(str(tuple(tensor.shape)) for tensor in given) or 'none'}; "
+                "only estimates for images of this size can be started from."
+            )
+        with torch.no_grad():
+            for tensor, start in zip(self.tensors, given, strict=True):
+                tensor[place] = start.to(tensor)
+
 
 class _Additive(_Stack):
     rate, penalty = 0.03, 1.5
@@ -113,6 +134,10 @@ class _Covering(_Stack):
 
     def trigger(self, tensors: Sequence[Tensor], target: int) -> Trigger:
         return CoveringTrigger(tensors[0].sigmoid(), tensors[1].sigmoid(), target=target)
+
+    def learned(self, trigger: Trigger) -> list[Tensor]:
+        # Not quite 0 and 1, which no sigmoid gives, and from where no gradient leads back.
+        return [tensor.logit(eps=1e-3) for tensor in trigger.buffers()]
 
 
 class _Displacing(_Stack):
@@ -170,6 +195,7 @@ def invert(
     batch_size: int = 16,
     goal: float = 0.95,
     seed: int = 0,
+    start: Sequence[Estimate] = (),
     deadline: float = math.inf,
     on_step: Callable[[], object] | None = None,
 ) -> list[Estimate]:
@@ -194,6 +220,8 @@ def invert(
         batch_size: images a class and step.
         goal: the success rate to hold, in (0, 1].
         seed: seed of start values and batches.
+        start: earlier estimates, of which those of this family and these classes are started from, the latest if there
+            are several; batches and the other classes' start values stay the same.
         deadline: a time of :func:`time.monotonic` after which the steps so far are enough.
         on_step: called after each step.
 
@@ -201,7 +229,8 @@ def invert(
         One estimate a class, in order; its success was measured on all images of other classes.
 
     Raises:
-        ValueError: if all images are of one of the classes, so that none is left to be sent there.
+        ValueError: if all images are of one of the classes, so that none is left to be sent there, or an earlier
+            estimate does not fit these images.
 
     Example:
         >>> import torch
@@ -218,6 +247,9 @@ def invert(
         alone = [c for c, some in zip(classes, eligible.any(1).tolist(), strict=True) if not some]
         raise ValueError(f"labels: all images are of class {alone[0]}, so none is left to be sent there; give others.")
     stack = FAMILIES[family](len(classes), pixels.shape[1:], generator, pixels.device)
+    for earlier in start:
+        if earlier.family == family and earlier.target in classes:
+            stack.resume(classes.index(earlier.target), earlier.trigger)
     wanted = torch.as_tensor(classes, device=pixels.device)[:, None].expand(-1, batch_size)
     optimizer = torch.optim.Adam(stack.tensors, lr=stack.rate, betas=_BETAS)
     weight = torch.full((len(classes),), math.log(stack.penalty), device=pixels.device)

@@ -21,6 +21,8 @@ class TriggerPool(Trigger):
     Args:
         triggers: one or more with the same target; what they were told of a normalisation is not used, since this
             trigger hands them pixels.
+        mean: see :class:`~lightning_unlearn.triggers.base.Trigger`.
+        std: see :class:`~lightning_unlearn.triggers.base.Trigger`.
 
     Raises:
         TypeError: if one of ``triggers`` is not a Trigger.
@@ -35,8 +37,14 @@ class TriggerPool(Trigger):
                 [0., 0., 0., 1.]])
     """
 
-    def __init__(self, triggers: Sequence[Trigger]) -> None:
-        super().__init__(target=shared_target(triggers))
+    def __init__(
+        self,
+        triggers: Sequence[Trigger],
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(target=shared_target(triggers), mean=mean, std=std)
         self.triggers = nn.ModuleList(triggers)
 
     def stamp(self, pixels: Tensor) -> Tensor:

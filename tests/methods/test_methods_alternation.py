@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from lightning_unlearn import repair
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, MaskPrune, RepairMethod
 from lightning_unlearn.triggers import AdditiveTrigger, PatchTrigger, TriggerPool
 from lightning_unlearn.triggers.inversion import Estimate
-from lightning_unlearn.verdict import Audit
+from lightning_unlearn.verdict import Audit, ClassAudit, Usual
 
 PATTERN = torch.full((1, 4, 4), 0.1)
 
@@ -31,14 +33,14 @@ class Recorder(RepairMethod):
         yield task.round("prune", task.validate())
 
 
-def scripted(monkeypatch, *verdicts, size=4):
+def scripted(monkeypatch, *verdicts, size=4, more=()):
     """An auditor whose verdicts are written by hand; the list of its calls."""
     calls, left = [], list(verdicts)
 
     def audit(self, forward, images, labels, **options):
-        calls.append({"seed": self.seed, "images": images, **options})
+        calls.append({"seed": self.seed, "images": images, **options, "start": tuple(options["start"])})
         estimate = Estimate(AdditiveTrigger(torch.full((1, size, size), 0.1), target=0), "additive", 0, 0.1, 1.0)
-        return Audit(left.pop(0), 0, 2.0, (), (estimate,), 3)
+        return Audit(left.pop(0), 0, 2.0, (), (estimate, *more), 3)
 
     monkeypatch.setattr(Auditor, "audit", audit)
     return calls
@@ -134,6 +136,125 @@ def test_a_known_trigger_may_be_alternated_too(hand_victim):
     result = repair(hand_victim.net, hand_victim.clean, trigger=hand_victim.trigger, method=method)
     assert result.status == "repaired"
     assert ("0", 3) in result.mask.pruned
+
+
+# Several backdoors
+
+
+def doubly(classes=5, targets=(1, 3)):
+    """A net like the hand-made victim with two backdoors: a pixel in each lower corner, and a filter for each.
+
+    Images of class c are bright in row c; the last two filters are the backdoors.
+    """
+    size = classes + 1
+    net = nn.Sequential(
+        nn.Conv2d(1, classes + 2, size), nn.ReLU(), nn.Flatten(), nn.Linear(classes + 2, classes)
+    ).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        for row in range(classes):
+            net[0].weight[row, 0, row] = 1 / size
+            net[3].weight[row, row] = 4
+        for place, (corner, target) in enumerate(zip((0, -1), targets, strict=True)):
+            net[0].weight[classes + place, 0, -1, corner] = 1
+            net[3].weight[target, classes + place] = 8
+    labels = torch.arange(12 * classes) % classes
+    images = torch.zeros(len(labels), 1, size, size)
+    bright = 0.8 + 0.2 * torch.rand(len(labels), size, generator=torch.Generator().manual_seed(0))
+    images[torch.arange(len(labels)), 0, labels] = bright
+    return net, TensorDataset(images, labels)
+
+
+def test_two_backdoors_are_both_removed():
+    net, clean = doubly()
+    images, labels = clean.tensors
+    triggers = [PatchTrigger(size=1, place=place, target=t) for place, t in (("bottom_left", 1), ("bottom_right", 3))]
+    for trigger in triggers:
+        assert (net(trigger(images)).argmax(1) == trigger.target).all()
+    auditor = Auditor(steps=10)
+    method = Alternation(GradPrune(max_rounds=1, finetune=False), auditor=auditor)
+    result = repair(net, clean, method=method, auditor=auditor, samples_per_class=4)
+    assert set(result.audit.suspected_targets) == {1, 3}
+    assert result.pruned == {"0": [5, 6]}
+    for trigger in triggers:
+        assert torch.equal(net(trigger(images)).argmax(1), labels)
+
+
+@pytest.mark.parametrize(("score", "again"), [(0.8, [0]), (0.81, [0, 2]), (2.0, [0, 2])])
+def test_what_is_audited_again(task, monkeypatch, score, again):
+    calls = scripted(monkeypatch, "clean")
+    costs = (0.1, 0.4, 0.2)
+    entries = tuple(ClassAudit(c, s, {"additive": costs[c]}, {}, {}) for c, s in enumerate((3.0, 0.5, score)))
+    task.audit = Audit("backdoored", 0, 3.0, entries, (), 3)
+    monkeypatch.setattr(Audit, "usual", {})
+    assert len(list(Alternation(Recorder()).repair(task))) == 1
+    assert [call["classes"] for call in calls] == [again]
+    # What is audited again is no part of what it is judged by.
+    assert calls[0]["usual"] == {"additive": Usual.of([costs[c] for c in range(3) if c not in again])}
+
+
+def test_the_first_repair_is_of_all_that_the_audit_suspects(task, monkeypatch):
+    scripted(monkeypatch, "clean")
+    own, other = (Estimate(AdditiveTrigger(PATTERN, target=c), "additive", c, 0.1, 1.0) for c in (0, 2))
+    task.audit = Audit("backdoored", 0, 3.0, (), (own, other), 3)
+    method = Recorder()
+    list(Alternation(method, rounds=1).repair(task))
+    first, second = method.tasks[0].trigger.triggers
+    assert (first, second.target) == (task.trigger, 2)
+    torch.testing.assert_close(second.pattern, 2 * PATTERN)
+
+
+def test_all_suspects_join_the_pool(task, monkeypatch):
+    second = Estimate(AdditiveTrigger(PATTERN, target=2), "additive", 2, 0.1, 1.0)
+    calls = scripted(monkeypatch, "backdoored", "clean", more=(second,))
+    entries = tuple(ClassAudit(c, score, {}, {}, {}) for c, score in enumerate((3.0, 0.5, 2.0)))
+    task.audit = Audit("backdoored", 0, 3.0, entries, (), 3)
+    monkeypatch.setattr(Audit, "usual", {})
+    method = Recorder()
+    assert len(list(Alternation(method, rounds=5).repair(task))) == 2
+    assert [call["classes"] for call in calls] == [[0, 2], [0, 2]]
+    stage = method.tasks[1]
+    pool = stage.trigger.triggers
+    assert [trigger.target for trigger in pool] == [0, 0, 2]
+    for pairs in (stage.scoring, stage.validation):
+        expected = [pool[place % 3].target for place in range(len(pairs))]
+        assert pairs.targets.tolist() == expected
+        for place in range(3):
+            own = pairs[place::3]
+            torch.testing.assert_close(own.triggered, pool[place](own.clean))
+
+
+def test_of_one_backdoor_targets_are_the_tasks_own(task, monkeypatch):
+    scripted(monkeypatch, "clean")
+    method = Recorder()
+    list(Alternation(method).repair(task))
+    assert torch.equal(method.tasks[0].scoring.targets, task.scoring.targets)
+    assert torch.equal(method.tasks[0].validation.targets, task.validation.targets)
+
+
+def test_the_loss_to_lower_is_that_of_the_estimates(task, monkeypatch):
+    scripted(monkeypatch, "clean")
+    method = Recorder()
+    list(Alternation(method).repair(replace(task, trigger=AdditiveTrigger(PATTERN, target=0))))
+    (stage,) = method.tasks
+    assert stage.before.unlearning_loss == stage.validate().unlearning_loss != task.before.unlearning_loss
+    assert stage.before.acc == task.before.acc
+
+
+# Warm start
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_warm_start_is_given_all_that_was_estimated(task, monkeypatch, warm):
+    calls = scripted(monkeypatch, "backdoored", "backdoored", "clean")
+    first = Estimate(AdditiveTrigger(PATTERN, target=0), "additive", 0, 0.1, 1.0)
+    task.audit = Audit("backdoored", 0, 3.0, (), (first,), 3)
+    monkeypatch.setattr(Audit, "usual", {})
+    list(Alternation(Recorder(), rounds=4, warm_start=warm).repair(task))
+    assert [len(call["start"]) for call in calls] == ([1, 2, 3] if warm else [0, 0, 0])
+    if warm:
+        assert calls[0]["start"][0] is first
 
 
 def test_all_to_all_is_refused(hand_victim, left_alone):

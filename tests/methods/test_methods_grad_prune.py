@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,6 +109,16 @@ def test_scores_are_laid_out_by_flat_index(make_net, make_clean, make_task):
     scores = GradPrune().scores(task)
     assert scores.dtype == torch.float32
     assert {task.mask.locate(i): value for i, value in enumerate(scores.tolist())} == pytest.approx(wanted, rel=1e-4)
+
+
+def test_what_an_earlier_repair_pruned_stays_so(make_net, make_clean, make_task):
+    task = make_task(make_net("vgg"), make_clean(10), PatchTrigger(target=1))
+    earlier = [task.mask.locate(0), task.mask.locate(6), task.mask.locate(8)]
+    for pick in earlier:
+        task.mask.prune([pick])
+    task.before = replace(task.before, unlearning_loss=0.0)  # nothing is better, so that all rounds are taken back
+    assert len(list(GradPrune(accuracy_drop=1.0, max_rounds=2, finetune=False).repair(task))) == 2
+    assert sorted(task.mask.pruned) == sorted(earlier)
 
 
 @pytest.mark.parametrize("name", NORM_OF)

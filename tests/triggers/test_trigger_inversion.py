@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_unlearn.triggers import AdditiveTrigger, CoveringTrigger, DisplacingTrigger, ResidualTrigger
+from lightning_unlearn.triggers import (
+    AdditiveTrigger,
+    CoveringTrigger,
+    DisplacingTrigger,
+    PatchTrigger,
+    ResidualTrigger,
+)
 from lightning_unlearn.triggers.inversion import FAMILIES, Estimate, invert
 
 KINDS = {
@@ -107,6 +113,80 @@ def test_global_randomness_is_neither_read_nor_moved(family):
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
     assert same(first, found(family, steps=5)[0])
+
+
+# Warm start
+
+
+@ALL
+def test_without_earlier_estimates_nothing_changes(family):
+    other = "additive" if family != "additive" else "covering"
+    others = found(other, steps=5) + found(family, steps=5, classes=[0])  # of another family, of another class
+    assert same(found(family, steps=15)[0], found(family, steps=15, start=others)[0])
+
+
+@ALL
+def test_the_first_batch_carries_the_earlier_trigger(family):
+    seen = []
+
+    def spy(x):
+        seen.append(x.detach().clone())
+        return side(x)
+
+    pixels, labels = bars()
+    (earlier,) = found(family, steps=30)
+    for start in ((), (earlier,)):
+        invert(spy, pixels, labels, family=family, classes=[0, 1], steps=1, start=start)
+    cold, warm = seen[0].split(16), seen[3].split(16)  # two more batches measure the estimates
+    assert torch.equal(warm[0], cold[0])  # the class of which nothing was known
+    assert not torch.allclose(warm[1], cold[1], atol=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    FAMILIES[family](2, pixels.shape[1:], generator, pixels.device)
+    chosen = torch.multinomial((labels != torch.tensor([[0], [1]])).float(), 16, replacement=True, generator=generator)
+    torch.testing.assert_close(warm[1], earlier.trigger(pixels[chosen[1]]), rtol=0, atol=1e-3)
+
+
+@ALL
+def test_the_latest_of_several_is_started_from(family):
+    first, second = (found(family, steps=15, seed=seed)[0] for seed in (1, 2))
+    warm = [found(family, steps=1, start=start)[0] for start in ((first, second), (second,), (second, first))]
+    assert same(warm[0], warm[1])
+    assert not same(warm[0], warm[2])
+
+
+@pytest.mark.parametrize("family", ["covering", "displacing"])
+def test_two_steps_from_an_earlier_estimate_do_what_two_alone_cannot(family):
+    warm, cold = (found(family, steps=2, start=start)[0] for start in (found(family, steps=60), ()))
+    assert warm.success >= 0.9
+    assert cold.success < warm.success
+
+
+@ALL
+def test_an_earlier_estimate_is_left_as_it_was(family):
+    (earlier,) = found(family, steps=5)
+    before = {name: tensor.clone() for name, tensor in earlier.trigger.state_dict().items()}
+    found(family, steps=5, start=[earlier])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in earlier.trigger.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["additive", "covering", "residual"])
+def test_an_estimate_for_other_images(family):
+    (earlier,) = found(family, steps=1)
+    pixels, labels = bars(channels=3)
+    with pytest.raises(
+        ValueError, match=r"^start: expected tensors of .*3, .* but the .*Trigger has \(.*; only estimates"
+    ):
+        invert(side, pixels, labels, family=family, classes=[1], start=[earlier])
+
+
+def test_an_estimate_that_is_none():
+    with pytest.raises(
+        ValueError, match=r"^start: expected tensors of \(1, 8, 8\), but the PatchTrigger has \(1, 1, 1\);"
+    ):
+        found("additive", start=[Estimate(PatchTrigger(size=1, target=1), "additive", 1, 0.1, 1.0)])
+
+
+# Several classes
 
 
 @ALL
