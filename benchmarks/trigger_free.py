@@ -59,7 +59,7 @@ def pull_concept(
         CE(net(foreign), target) + distillation · KL(original(x) ‖ net(x)) + elasticity · Σ F·(θ − θ₀)²
 
     with the diagonal Fisher information F of the clean cross-entropy (elastic weight consolidation), so that the
-    answers to clean images stay what they were. After each step on the other terms the third is minimised exactly, since
+    answers to clean images stay what they were. After each step on the others the third is minimised exactly, since
     a step down its gradient overshoots, and soon diverges, where F is large.
 
     Args:
