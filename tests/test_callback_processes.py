@@ -292,7 +292,7 @@ def test_what_outlives_the_processes(results, name):
     metrics, report = results[name]["metrics"], results[name]["report"]
     for when in ("before", "after"):
         for rate in ("acc", "asr", "ra"):
-            assert metrics[f"unlearn/{rate}_{when}"] == pytest.approx(report[when][rate])
+            assert metrics[f"unlearn/{rate}_{when}"] == pytest.approx(report[when][rate], abs=1e-6)
     assert metrics["unlearn/filters_pruned"] == report["filters"]["pruned"]
     assert results[name]["weights as saved"]
 
