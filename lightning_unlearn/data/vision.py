@@ -174,7 +174,7 @@ class FashionMNISTDataModule(TorchvisionDataModule):
     does with Debian's package ``dataset-fashion-mnist``.
 
     Example:
-        >>> FashionMNISTDataModule("/usr/share/datasets/fashion-mnist", size=28).size
+        >>> FashionMNISTDataModule("data", size=28).size
         28
     """
 
