@@ -26,7 +26,7 @@ SURELY = 1.1  # from here on the verdict is "backdoored"
 WORKS = 0.5  # least success on held-out images of an estimate that is used
 _SHOWN = 20  # rows of the terminal's table
 _WEIGHT = 0.2  # of spreads below the usual cost, and of spreads in the last layer
-_PROMINENT = 4.0  # spreads in the last layer that count at most: a class with ten times the images must not be guilty
+_PROMINENT = 4.0  # spreads in the last layer that count at most, since an honest class may have many images, too
 _NARROW = 0.1  # added to a spread, since that of a few classes may be small by chance
 _NOTHING = 1e-12  # so that no cost divides by zero
 
