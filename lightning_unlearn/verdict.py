@@ -77,6 +77,11 @@ class ClassAudit:
     success: Mapping[Family, float]
     prominence: float = 0.0
 
+    @property
+    def unaided(self) -> float:
+        """The score that the class would have if nothing in the last layer stood out."""
+        return self.score / math.exp(_WEIGHT * _counted(self.prominence))
+
 
 @dataclass(frozen=True, eq=False)
 class Audit:
@@ -173,6 +178,12 @@ class Audit:
     def notes(self) -> str:
         """The verdict, and what must be known to read it."""
         notes, others = [self.summary()], self.suspected_targets[1:]
+        unaided = next((entry.unaided for entry in self.classes if entry.target == self.suspected_target), math.inf)
+        if unaided <= 1:
+            notes.append(
+                f"Only its weights in the last layer lift it above the limit (the score without them: {unaided:.2f}), and "
+                "those of a class that honestly had far more training images than others stand out just as much."
+            )
         if others:
             notes.append(f"Above the limit, too: class {', '.join(map(str, others))}.")
         if self.labels == "predicted":
@@ -226,7 +237,7 @@ def judged(
     def score(family: Family, k: int) -> float:
         estimates = found[family]
         others = usual[family] if usual else Usual.of([e.cost for i, e in enumerate(estimates) if i != k])
-        evidence = others.below(estimates[k].cost) + max(0.0, min(_PROMINENT, prominent[k]))
+        evidence = others.below(estimates[k].cost) + _counted(prominent[k])
         return shares[family][k] * math.exp(_WEIGHT * evidence) / LIMITS[family]
 
     return tuple(
@@ -240,6 +251,10 @@ def judged(
         )
         for k, estimate in enumerate(next(iter(found.values())))
     )
+
+
+def _counted(prominence: float) -> float:
+    return max(0.0, min(_PROMINENT, prominence))
 
 
 def universality(estimate: Estimate, individual: float) -> float:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def an_audit(**changes):
         cost={"additive": 0.1},
         universality={"additive": 0.69},
         success={"additive": 0.9},
-        prominence=3.25,
+        prominence=1.25,
     )
     other = ClassAudit(
         target=0, score=0.5, cost={"additive": 0.4}, universality={"additive": 0.23}, success={"additive": 1.0}
@@ -161,12 +162,22 @@ def test_notes_say_what_must_be_known():
     )
 
 
+@pytest.mark.parametrize(("prominence", "tipped"), [(2.0, False), (2.1, True), (9.0, True)])
+def test_notes_say_where_the_last_layer_tips_the_scales(prominence, tipped):
+    other, entry = an_audit().classes
+    found = an_audit(classes=(other, replace(entry, prominence=prominence)))
+    unaided = 1.5 * math.exp(-min(4, prominence) / 5)
+    assert found.classes[1].unaided == pytest.approx(unaided)
+    assert (f"last layer lift it above the limit (the score without them: {unaided:.2f})" in found.notes()) is tipped
+    assert other.unaided == other.score
+
+
 def test_as_markdown():
     assert str(an_audit()).splitlines() == [
         "| class | score ↓ | additive | covering | displacing | last layer |",
         "| --- | --- | --- | --- | --- | --- |",
         "| 0 | 0.50 | 0.23 |  |  | +0.0 |",
-        "| 1 | 1.50 | 0.69 |  |  | +3.2 |",
+        "| 1 | 1.50 | 0.69 |  |  | +1.2 |",
         "",
         an_audit().notes(),
     ]
