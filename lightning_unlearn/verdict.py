@@ -181,8 +181,8 @@ class Audit:
         unaided = next((entry.unaided for entry in self.classes if entry.target == self.suspected_target), math.inf)
         if unaided <= 1:
             notes.append(
-                f"Only its weights in the last layer lift it above the limit (the score without them: {unaided:.2f}), and "
-                "those of a class that honestly had far more training images than others stand out just as much."
+                f"Only its weights in the last layer lift it above the limit (the score without them: {unaided:.2f}), "
+                "and those of a class that honestly had far more training images than others stand out just as much."
             )
         if others:
             notes.append(f"Above the limit, too: class {', '.join(map(str, others))}.")

@@ -35,8 +35,8 @@ class Alternation(RepairMethod):
 
     Args:
         method: what unlearns the estimates, a method that learns from triggered images; by default a
-            :class:`MaskPrune` that guards clean answers more than usual and fine-tunes, since an estimate also holds
-            something of what the target class really looks like.
+            :class:`MaskPrune` that fine-tunes, and that does not shun the target, since an estimate also holds something of
+            what that class really looks like.
         auditor: how to estimate.
         rounds: most repairs.
         strength: factor of additive estimates, at least 1.
@@ -70,7 +70,7 @@ class Alternation(RepairMethod):
             raise TypeError(
                 f"method: expected a lightning_unlearn.methods.RepairMethod, but got {type(method).__name__}."
             )
-        self.method = method or MaskPrune(clean_weight=8.0, accuracy_drop=0.04, finetune=True)
+        self.method = method or MaskPrune(target_weight=0.0, accuracy_drop=0.04, finetune=True)
         if not self.method.needs_trigger:
             raise ValueError(f"method: {self.method.name} learns from clean images alone; use it by itself.")
         check_range("rounds", rounds, 1, float("inf"))

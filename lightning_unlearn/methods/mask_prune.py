@@ -30,11 +30,14 @@ class MaskPrune(RepairMethod):
 
     All masks start at 1 and Adam descends, with weights frozen and norms in eval mode,
 
-        L(m) = λ · D(x) + D(T(x)) + sparsity · u · Σ(1 − m)
+        L(m) = λ · D(x) + D(T(x)) − ω · log(1 − p_target(T(x))) + sparsity · u · Σ(1 − m)
 
-    where, with ``teacher="victim"``, D(z) = τ · KL(victim(x)^{1/τ} ‖ masked(z)^{1/τ}), both normalised: the masked
-    model must answer the triggered image as the *untouched victim answers the clean one*, also in what it thinks the
-    next best, which needs no labels; and with ``teacher="labels"``, D is the cross-entropy against the true labels.
+    where p_target is the masked model's probability of the class that the trigger is for. With ``teacher="victim"``,
+    D(z) = τ · KL(victim(x)^{1/τ} ‖ masked(z)^{1/τ}), both normalised: the masked model must answer the triggered image
+    as the *untouched victim answers the clean one*, also in what it thinks the next best, which needs no labels; and
+    with ``teacher="labels"``, D is the cross-entropy against the true labels. The third term says what must not be
+    answered where nobody can say what should be, since the images that an attacker made the trigger of have no clean
+    answer; where D(T(x)) is obeyed, it has vanished.
     u is the share of triggered images that are answered as wanted by now: only as the trigger loses its power are
     channels that need not be turned down drawn back to 1, however many channels a network has.
     The first step's gradient is the signed Taylor score of :class:`GradPrune`; the next ones correct it for what the
@@ -54,6 +57,7 @@ class MaskPrune(RepairMethod):
         learning_rate: of Adam.
         batch_size: clean images a step, with as many triggered ones.
         clean_weight: λ, how much more the answer to the clean image counts; half as much without augmentation.
+        target_weight: ω ≥ 0, how much it counts that triggered images of other classes are not sent to the target.
         temperature: τ > 0, the larger, the more the victim's lesser answers count.
         sparsity: weight of u·Σ(1 − m), at least 0: what it costs to turn a channel down.
         augment: flip and shift the images in each step, if the victim and its backdoor bear it: if ACC and ASR on all
@@ -61,8 +65,8 @@ class MaskPrune(RepairMethod):
             the backdoor. Never with ``teacher="labels"``, since a mirrored image may not be what its label says.
         slack: by how much ``"mixed"`` may raise L_clean + L_u, in nats.
         validate_every: steps from one validation to the next, each a round.
-        accuracy_drop: α, the largest drop of accuracy on all clean images held, a fraction in (0, 1]: the last masks
-            within it are taken, and no pruning beyond it.
+        accuracy_drop: α, the largest drop of accuracy on all clean images held, a fraction in (0, 1]: masks that cost
+            more are drawn back towards 1 until they do not, and no pruning goes beyond it.
         finetune: fine-tune afterwards on clean and triggered images; ``True`` for 10 epochs at most, by the same
             teacher, with a learning rate of 1e-3.
 
@@ -85,7 +89,8 @@ class MaskPrune(RepairMethod):
         steps: int = 75,
         learning_rate: float = 0.075,
         batch_size: int = 32,
-        clean_weight: float = 4.0,
+        clean_weight: float = 8.0,
+        target_weight: float = 2.0,
         temperature: float = 2.0,
         sparsity: float = 1e-2,
         augment: bool = True,
@@ -102,6 +107,7 @@ class MaskPrune(RepairMethod):
         check_range("learning_rate", learning_rate, 0, float("inf"), open_low=True)
         check_range("batch_size", batch_size, 1, float("inf"))
         check_range("clean_weight", clean_weight, 0, float("inf"))
+        check_range("target_weight", target_weight, 0, float("inf"))
         check_range("temperature", temperature, 0, float("inf"), open_low=True)
         check_range("sparsity", sparsity, 0, float("inf"))
         check_range("slack", slack, 0, float("inf"))
@@ -113,6 +119,7 @@ class MaskPrune(RepairMethod):
         self.learning_rate = learning_rate
         self.batch_size = batch_size
         self.clean_weight = clean_weight
+        self.target_weight = target_weight
         self.temperature = temperature
         self.sparsity = sparsity
         self.augment = augment
@@ -143,11 +150,10 @@ class MaskPrune(RepairMethod):
             yield from self.finetune.repair(task)
 
     def _learn(self, task: RepairTask, floor: float, *, augment: bool) -> Generator[Round, None, Tensor]:
-        """The last masks that leave accuracy at or above ``floor``."""
+        """The masks that are learned, as far as they leave accuracy at or above ``floor``."""
         masks = torch.ones(task.mask.total, device=task.scoring.labels.device, requires_grad=True)
         optimizer = torch.optim.Adam([masks], lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        history = [masks.detach().clone()]
         # The same few images in each step are soon fitted: the trigger must count for more to be gone on others, too.
         clean_weight = self.clean_weight if augment else self.clean_weight / 2
         for step, (pairs, wanted, weight) in enumerate(self._lessons(task, augment=augment), start=1):
@@ -162,16 +168,11 @@ class MaskPrune(RepairMethod):
                 with torch.no_grad():
                     masks.clamp_(0, 1)
             if step % self.validate_every == 0 or step == self.steps:
-                history.append(task.processes.first(masks.detach().clone()))
-                with task.mask.scaled(history[-1]):
+                learned = task.processes.first(masks.detach().clone())
+                with task.mask.scaled(learned):
                     now = task.validate()
                 yield task.round("learn", now)
-        while len(history) > 1:
-            with task.mask.scaled(history[-1]):
-                if task.measure().acc >= floor:
-                    break
-            history.pop()
-        return history[-1]
+        return _back(task, learned, floor)
 
     def _cut(self, task: RepairTask, masks: Tensor, floor: float, *, below: float) -> None:
         """Leave of the masks what ``cut`` says, in the model."""
@@ -210,15 +211,17 @@ class MaskPrune(RepairMethod):
     def _disagreement(
         self, task: RepairTask, pairs: Pairs, wanted: Tensor, clean_weight: float
     ) -> tuple[Tensor, Tensor]:
-        """λ·D(x) + D(T(x)), and the share of triggered images that are answered as wanted."""
+        """λ·D(x) + D(T(x)) − ω·log(1 − p_target(T(x))), and the share of triggered images answered as wanted."""
         scale = self.temperature if self.teacher == "victim" else 1.0
         logits = logits_of(task.forward, torch.cat([pairs.clean, pairs.triggered]))
         # For one-hot answers the divergence is the cross-entropy.
         clean, triggered = (
             F.kl_div(part.log_softmax(1), wanted, reduction="batchmean") for part in (logits / scale).chunk(2)
         )
+        sent = _sent_to_target(logits.chunk(2)[1], pairs.targets, wanted)
         answers = logits.detach().chunk(2)[1].argmax(1)
-        return scale * (clean_weight * clean + triggered), (answers == wanted.argmax(1)).float().mean()
+        loss = scale * (clean_weight * clean + triggered) + self.target_weight * sent
+        return loss, (answers == wanted.argmax(1)).float().mean()
 
     def _bears_augmentation(self, task: RepairTask) -> bool:
         """Whether victim and backdoor do on flipped and shifted images what they do on those held, within 2α."""
@@ -263,6 +266,22 @@ def _flipped_and_shifted(task: RepairTask, pairs: Pairs, generator: torch.Genera
     share = task.processes.share(len(pairs))
     images, pairs = flip_and_shift(pairs.clean, generator)[share], pairs[share]
     return Pairs(images, task.trigger(images), pairs.labels, pairs.targets) if len(pairs) else pairs
+
+
+def _sent_to_target(logits: Tensor, targets: Tensor, wanted: Tensor) -> Tensor:
+    """−log(1 − p_target), where images that belong there count as 0."""
+    others = logits.scatter(1, targets[:, None], -torch.inf)
+    return ((logits.logsumexp(1) - others.logsumexp(1)) * (wanted.argmax(1) != targets)).mean()
+
+
+def _back(task: RepairTask, masks: Tensor, floor: float) -> Tensor:
+    """The masks, or what lies as little of the way back to 1 as brings accuracy to ``floor``, in tenths."""
+    for tenths in range(10, 0, -1):
+        nearer = 1 - (1 - masks) * (tenths / 10)
+        with task.mask.scaled(nearer):
+            if task.measure().acc >= floor:
+                return nearer
+    return torch.ones_like(masks)
 
 
 def _growing(low: int, high: int) -> list[int]:
