@@ -26,8 +26,8 @@ class Alternation(RepairMethod):
     An inversion finds *one* answer to what sends everything to the target; the attacker's trigger may be another one.
     So the task's trigger, an estimate, is unlearned by ``method``, together with those of other classes that the audit
     suspects; then triggers of these classes, and of others that it nearly suspects, are estimated anew on the repaired
-    model. What stands out joins those before, until no such class is more universal than innocent ones are
-    (:class:`~lightning_unlearn.Audit`), until ``rounds`` are over, or until a round costs more accuracy than
+    model. What stands out joins those before, until no such class scores above ``stop_score`` in an
+    :class:`~lightning_unlearn.Audit`, until ``rounds`` are over, or until a round costs more accuracy than
     ``accuracy_drop`` allows, which is then taken back.
 
     An estimate is the least that works, and an attacker's trigger is more than that: additive estimates are unlearned
@@ -35,11 +35,13 @@ class Alternation(RepairMethod):
 
     Args:
         method: what unlearns the estimates, a method that learns from triggered images; by default a
-            :class:`MaskPrune` that fine-tunes, and that does not shun the target, since an estimate also holds something of
-            what that class really looks like.
+            :class:`MaskPrune` that fine-tunes, and that does not shun the target, since an estimate also holds
+            something of what that class really looks like.
         auditor: how to estimate.
         rounds: most repairs.
         strength: factor of additive estimates, at least 1.
+        stop_score: the score up to which a class has been repaired enough. Lower than the 1 from which a model is
+            suspicious, since a known backdoor must be gone, where an honest model must be left alone.
         accuracy_drop: α, the most accuracy that all rounds together may cost, on all clean images held, in (0, 1].
         warm_start: estimate anew from what was estimated before instead of from random values; whether that helps is
             not known.
@@ -63,6 +65,7 @@ class Alternation(RepairMethod):
         auditor: Auditor | None = None,
         rounds: int = 3,
         strength: float = 2.0,
+        stop_score: float = 0.6,
         accuracy_drop: float = 0.1,
         warm_start: bool = False,
     ) -> None:
@@ -75,10 +78,12 @@ class Alternation(RepairMethod):
             raise ValueError(f"method: {self.method.name} learns from clean images alone; use it by itself.")
         check_range("rounds", rounds, 1, float("inf"))
         check_range("strength", strength, 1, float("inf"))
+        check_range("stop_score", stop_score, 0, float("inf"))
         check_range("accuracy_drop", accuracy_drop, 0, 1, open_low=True)
         self.auditor = auditor or Auditor()
         self.rounds = rounds
         self.strength = strength
+        self.stop_score = stop_score
         self.accuracy_drop = accuracy_drop
         self.warm_start = warm_start
 
@@ -129,7 +134,7 @@ class Alternation(RepairMethod):
                     on_progress=task.on_progress,
                 )
                 found = task.processes.outcome_of_first(examine)
-            if found.verdict == "clean":
+            if found.score <= self.stop_score:
                 return
             pool += [estimate.trigger for estimate in found.estimates]
             known += found.estimates

@@ -33,14 +33,15 @@ class Recorder(RepairMethod):
         yield task.round("prune", task.validate())
 
 
-def scripted(monkeypatch, *verdicts, size=4, more=()):
-    """An auditor whose verdicts are written by hand; the list of its calls."""
-    calls, left = [], list(verdicts)
+def scripted(monkeypatch, *scores, size=4, more=()):
+    """An auditor whose scores are written by hand; the list of its calls."""
+    calls, left = [], list(scores)
 
     def audit(self, forward, images, labels, **options):
         calls.append({"seed": self.seed, "images": images, **options, "start": tuple(options["start"])})
         estimate = Estimate(AdditiveTrigger(torch.full((1, size, size), 0.1), target=0), "additive", 0, 0.1, 1.0)
-        return Audit(left.pop(0), 0, 2.0, (), (estimate, *more), 3)
+        score = left.pop(0)
+        return Audit("clean" if score <= 1 else "backdoored", 0, score, (), (estimate, *more), 3)
 
     monkeypatch.setattr(Auditor, "audit", audit)
     return calls
@@ -57,21 +58,23 @@ def test_the_name():
 
 
 @pytest.mark.parametrize(
-    ("verdicts", "rounds"), [(["clean"], 1), (["suspicious", "clean"], 2), (["backdoored"] * 9, 4)]
+    ("scores", "stop_score", "rounds"),
+    [([0.6], 0.6, 1), ([0.61, 0.5], 0.6, 2), ([2.0] * 9, 0.6, 4), ([0.9], 1.0, 1), ([0.2, 0.1], 0.1, 2)],
 )
-def test_rounds_go_on_until_the_verdict_is_clean_or_they_are_over(task, monkeypatch, verdicts, rounds):
-    calls, method = scripted(monkeypatch, *verdicts), Recorder()
+def test_rounds_go_on_until_the_score_is_low_or_they_are_over(task, monkeypatch, scores, stop_score, rounds):
+    # Below what would be suspicious in a model of which nothing is known.
+    calls, method = scripted(monkeypatch, *scores), Recorder()
     task.seed = 7
-    done = list(Alternation(method, rounds=4).repair(task))
+    done = list(Alternation(method, rounds=4, stop_score=stop_score).repair(task))
     assert [number.round for number in done] == list(range(1, rounds + 1))
     assert task.rounds == rounds
-    assert len(calls) == min(len(verdicts), 3)  # nothing is estimated after the last round
+    assert len(calls) == min(len(scores), 3)  # nothing is estimated after the last round
     assert [call["seed"] for call in calls] == [8, 9, 10][: len(calls)]
     assert all(call["classes"] == [0] for call in calls)
 
 
 def test_the_pool_grows_and_images_carry_it(task, monkeypatch):
-    scripted(monkeypatch, "backdoored", "backdoored")
+    scripted(monkeypatch, 2.0, 2.0)
     method = Recorder()
     list(Alternation(method, rounds=3, strength=1.0).repair(task))
     pools = [stage.trigger for stage in method.tasks]
@@ -97,7 +100,7 @@ def test_strength_scales_additive_estimates_alone(task, strength):
 
 @pytest.mark.parametrize("bad", [1, 2])
 def test_a_round_over_the_budget_is_taken_back_bit_for_bit(make_net, make_clean, make_task, monkeypatch, bad):
-    scripted(monkeypatch, *["backdoored"] * 5, size=8)
+    scripted(monkeypatch, *[2.0] * 5, size=8)
     net = make_net("vgg")
     task = make_task(net, make_clean(8), PatchTrigger(size=1, target=0))
     before = []
@@ -125,7 +128,7 @@ def test_a_round_over_the_budget_is_taken_back_bit_for_bit(make_net, make_clean,
 
 
 def test_a_loss_of_just_the_budget_is_allowed(task, monkeypatch):
-    scripted(monkeypatch, *["backdoored"] * 5)
+    scripted(monkeypatch, *[2.0] * 5)
     accuracy = iter([1.0, 0.9, 0.9, 0.9])
     monkeypatch.setattr(task, "measure", lambda: replace(task.before, acc=next(accuracy)))
     assert len(list(Alternation(Recorder(), rounds=3, accuracy_drop=0.1).repair(task))) == 3
@@ -183,7 +186,7 @@ def test_two_backdoors_are_both_removed():
 
 @pytest.mark.parametrize(("score", "again"), [(0.8, [0]), (0.81, [0, 2]), (2.0, [0, 2])])
 def test_what_is_audited_again(task, monkeypatch, score, again):
-    calls = scripted(monkeypatch, "clean")
+    calls = scripted(monkeypatch, 0.5)
     costs = (0.1, 0.4, 0.2)
     entries = tuple(ClassAudit(c, s, {"additive": costs[c]}, {}, {}) for c, s in enumerate((3.0, 0.5, score)))
     task.audit = Audit("backdoored", 0, 3.0, entries, (), 3)
@@ -195,7 +198,7 @@ def test_what_is_audited_again(task, monkeypatch, score, again):
 
 
 def test_the_first_repair_is_of_all_that_the_audit_suspects(task, monkeypatch):
-    scripted(monkeypatch, "clean")
+    scripted(monkeypatch, 0.5)
     own, other = (Estimate(AdditiveTrigger(PATTERN, target=c), "additive", c, 0.1, 1.0) for c in (0, 2))
     task.audit = Audit("backdoored", 0, 3.0, (), (own, other), 3)
     method = Recorder()
@@ -207,7 +210,7 @@ def test_the_first_repair_is_of_all_that_the_audit_suspects(task, monkeypatch):
 
 def test_all_suspects_join_the_pool(task, monkeypatch):
     second = Estimate(AdditiveTrigger(PATTERN, target=2), "additive", 2, 0.1, 1.0)
-    calls = scripted(monkeypatch, "backdoored", "clean", more=(second,))
+    calls = scripted(monkeypatch, 2.0, 0.5, more=(second,))
     entries = tuple(ClassAudit(c, score, {}, {}, {}) for c, score in enumerate((3.0, 0.5, 2.0)))
     task.audit = Audit("backdoored", 0, 3.0, entries, (), 3)
     monkeypatch.setattr(Audit, "usual", {})
@@ -226,7 +229,7 @@ def test_all_suspects_join_the_pool(task, monkeypatch):
 
 
 def test_of_one_backdoor_targets_are_the_tasks_own(task, monkeypatch):
-    scripted(monkeypatch, "clean")
+    scripted(monkeypatch, 0.5)
     method = Recorder()
     list(Alternation(method).repair(task))
     assert torch.equal(method.tasks[0].scoring.targets, task.scoring.targets)
@@ -234,7 +237,7 @@ def test_of_one_backdoor_targets_are_the_tasks_own(task, monkeypatch):
 
 
 def test_the_loss_to_lower_is_that_of_the_estimates(task, monkeypatch):
-    scripted(monkeypatch, "clean")
+    scripted(monkeypatch, 0.5)
     method = Recorder()
     list(Alternation(method).repair(replace(task, trigger=AdditiveTrigger(PATTERN, target=0))))
     (stage,) = method.tasks
@@ -247,7 +250,7 @@ def test_the_loss_to_lower_is_that_of_the_estimates(task, monkeypatch):
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_warm_start_is_given_all_that_was_estimated(task, monkeypatch, warm):
-    calls = scripted(monkeypatch, "backdoored", "backdoored", "clean")
+    calls = scripted(monkeypatch, 2.0, 2.0, 0.5)
     first = Estimate(AdditiveTrigger(PATTERN, target=0), "additive", 0, 0.1, 1.0)
     task.audit = Audit("backdoored", 0, 3.0, (), (first,), 3)
     monkeypatch.setattr(Audit, "usual", {})
@@ -274,7 +277,8 @@ def test_a_method_without_triggers():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("rounds", 0), ("strength", 0.9), ("accuracy_drop", 0), ("accuracy_drop", 1.1)]
+    ("name", "value"),
+    [("rounds", 0), ("strength", 0.9), ("stop_score", -0.1), ("accuracy_drop", 0), ("accuracy_drop", 1.1)],
 )
 def test_numbers_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected a value in"):
