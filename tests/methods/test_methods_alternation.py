@@ -73,6 +73,13 @@ def test_rounds_go_on_until_the_score_is_low_or_they_are_over(task, monkeypatch,
     assert all(call["classes"] == [0] for call in calls)
 
 
+@pytest.mark.parametrize(("verdict", "rounds"), [("clean", 2), ("suspicious", 1)])
+def test_scores_that_did_not_tell_the_backdoor_do_not_stop_the_first_repair(task, monkeypatch, verdict, rounds):
+    scripted(monkeypatch, 0.1, 0.1)
+    task.audit = Audit(verdict, 0, 0.3, (), (), 3)
+    assert len(list(Alternation(Recorder(), rounds=4).repair(task))) == rounds
+
+
 def test_the_pool_grows_and_images_carry_it(task, monkeypatch):
     scripted(monkeypatch, 2.0, 2.0)
     method = Recorder()
