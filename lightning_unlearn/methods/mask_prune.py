@@ -30,14 +30,15 @@ class MaskPrune(RepairMethod):
 
     All masks start at 1 and Adam descends, with weights frozen and norms in eval mode,
 
-        L(m) = λ · D(x) + D(T(x)) − ω · log(1 − p_target(T(x))) + sparsity · u · Σ(1 − m)
+        L(m) = λ · D(x) + D(T(x)) − ω · t/T · log(1 − p_target(T(x))) + sparsity · u · Σ(1 − m)
 
-    where p_target is the masked model's probability of the class that the trigger is for. With ``teacher="victim"``,
-    D(z) = τ · KL(victim(x)^{1/τ} ‖ masked(z)^{1/τ}), both normalised: the masked model must answer the triggered image
-    as the *untouched victim answers the clean one*, also in what it thinks the next best, which needs no labels; and
-    with ``teacher="labels"``, D is the cross-entropy against the true labels. The third term says what must not be
-    answered where nobody can say what should be, since the images that an attacker made the trigger of have no clean
-    answer; where D(T(x)) is obeyed, it has vanished.
+    where t of the T steps are done and p_target is the masked model's probability of the class that the trigger is for.
+    With ``teacher="victim"``, D(z) = τ · KL(victim(x)^{1/τ} ‖ masked(z)^{1/τ}), both normalised: the masked model must
+    answer the triggered image as the *untouched victim answers the clean one*, also in what it thinks the next best,
+    which needs no labels; and with ``teacher="labels"``, D is the cross-entropy against the true labels.
+    The third term says what must not be answered where nobody can say what should be, since the images that an attacker
+    made the trigger of have no clean answer. It rises from 0: where D(T(x)) is obeyed, it has vanished by the time it
+    would count.
     u is the share of triggered images that are answered as wanted by now: only as the trigger loses its power are
     channels that need not be turned down drawn back to 1, however many channels a network has.
     The first step's gradient is the signed Taylor score of :class:`GradPrune`; the next ones correct it for what the
@@ -57,7 +58,8 @@ class MaskPrune(RepairMethod):
         learning_rate: of Adam.
         batch_size: clean images a step, with as many triggered ones.
         clean_weight: λ, how much more the answer to the clean image counts; half as much without augmentation.
-        target_weight: ω ≥ 0, how much it counts that triggered images of other classes are not sent to the target.
+        target_weight: ω ≥ 0, how much it counts in the end that triggered images of other classes are not sent to the
+            target.
         temperature: τ > 0, the larger, the more the victim's lesser answers count.
         sparsity: weight of u·Σ(1 − m), at least 0: what it costs to turn a channel down.
         augment: flip and shift the images in each step, if the victim and its backdoor bear it: if ACC and ASR on all
@@ -90,7 +92,7 @@ class MaskPrune(RepairMethod):
         learning_rate: float = 0.075,
         batch_size: int = 32,
         clean_weight: float = 8.0,
-        target_weight: float = 2.0,
+        target_weight: float = 16.0,
         temperature: float = 2.0,
         sparsity: float = 1e-2,
         augment: bool = True,
@@ -158,7 +160,8 @@ class MaskPrune(RepairMethod):
         clean_weight = self.clean_weight if augment else self.clean_weight / 2
         for step, (pairs, wanted, weight) in enumerate(self._lessons(task, augment=augment), start=1):
             with task.watch.measure("score"):
-                gradient, unlearned = self._gradient(task, masks, pairs, wanted, clean_weight)
+                weights = clean_weight, self.target_weight * (step - 1) / self.steps
+                gradient, unlearned = self._gradient(task, masks, pairs, wanted, *weights)
                 task.processes.average([gradient, unlearned], weight)
                 if step == 1:
                     _check_gradient(gradient)
@@ -196,20 +199,20 @@ class MaskPrune(RepairMethod):
         task.mask.undo(task.mask.steps - kept)
 
     def _gradient(
-        self, task: RepairTask, masks: Tensor, pairs: Pairs, wanted: Tensor, clean_weight: float
+        self, task: RepairTask, masks: Tensor, pairs: Pairs, wanted: Tensor, clean_weight: float, target_weight: float
     ) -> tuple[Tensor, Tensor]:
         """Of the disagreement on some images, and the share of triggered ones that are answered as wanted."""
         if not len(pairs):  # all went to other processes
             return torch.zeros_like(masks, requires_grad=False), torch.zeros((), device=masks.device)
         with task.mask.scaled(masks):
-            loss, unlearned = self._disagreement(task, pairs, wanted, clean_weight)
+            loss, unlearned = self._disagreement(task, pairs, wanted, clean_weight, target_weight)
         if not loss.requires_grad:
             raise ValueError(_NO_GRADIENT)
         (gradient,) = torch.autograd.grad(loss, masks)
         return gradient, unlearned
 
     def _disagreement(
-        self, task: RepairTask, pairs: Pairs, wanted: Tensor, clean_weight: float
+        self, task: RepairTask, pairs: Pairs, wanted: Tensor, clean_weight: float, target_weight: float
     ) -> tuple[Tensor, Tensor]:
         """λ·D(x) + D(T(x)) − ω·log(1 − p_target(T(x))), and the share of triggered images answered as wanted."""
         scale = self.temperature if self.teacher == "victim" else 1.0
@@ -220,7 +223,7 @@ class MaskPrune(RepairMethod):
         )
         sent = _sent_to_target(logits.chunk(2)[1], pairs.targets, wanted)
         answers = logits.detach().chunk(2)[1].argmax(1)
-        loss = scale * (clean_weight * clean + triggered) + self.target_weight * sent
+        loss = scale * (clean_weight * clean + triggered) + target_weight * sent
         return loss, (answers == wanted.argmax(1)).float().mean()
 
     def _bears_augmentation(self, task: RepairTask) -> bool:

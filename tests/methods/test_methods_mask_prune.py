@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_unlearn.filters import find_filters
 from lightning_unlearn.methods import FineTuning, MaskPrune
+from lightning_unlearn.methods.mask_prune import _sent_to_target
 from lightning_unlearn.triggers import PatchTrigger
 
 NETS = ("preact", "vgg", "grouped", "plain", "group_norm")
@@ -88,18 +89,11 @@ def scaled_by_hand(net, layer, index, norm_of, factor):
 
 
 @pytest.mark.parametrize(
-    ("teacher", "temperature", "clean_weight", "target_weight"),
-    [
-        ("victim", 1.0, 1.0, 0.0),
-        ("victim", 2.0, 4.0, 0.0),
-        ("victim", 0.5, 0.0, 0.0),
-        ("victim", 2.0, 4.0, 30.0),
-        ("labels", 1.0, 1.0, 0.0),
-        ("labels", 3.0, 4.0, 3.0),
-    ],
+    ("teacher", "temperature", "clean_weight"),
+    [("victim", 1.0, 1.0), ("victim", 2.0, 4.0), ("victim", 0.5, 0.0), ("labels", 1.0, 1.0), ("labels", 3.0, 4.0)],
 )
 @pytest.mark.parametrize("name", NORM_OF)
-def test_the_first_step_follows_the_gradient(new_task, name, teacher, temperature, clean_weight, target_weight):
+def test_the_first_step_follows_the_gradient(new_task, name, teacher, temperature, clean_weight):
     # Adam's first step is as large as the learning rate, whatever the gradient: above 1, masks go to 0, or stay at 1.
     task = new_task(name)
     net, images = copy.deepcopy(task.model).double(), task.scoring.clean.double()
@@ -113,18 +107,14 @@ def test_the_first_step_follows_the_gradient(new_task, name, teacher, temperatur
         scaled = scaled_by_hand(net, layer, index, NORM_OF[name], factor)
         with torch.no_grad():
             clean, backdoor = (F.cross_entropy(scaled(x) / tau, answers).item() for x in (images, triggered))
-            target = scaled(triggered).softmax(1)[answers.argmax(1) != 1, 1]
-        sent = -(1 - target).log().sum().item() / len(triggered)
-        # λ is halved, since nothing is augmented.
-        return tau * (clean_weight / 2 * clean + backdoor) + target_weight * sent
+        return clean_weight / 2 * clean + backdoor  # half, since nothing is augmented
 
     for number in range(task.mask.total):
         pick = task.mask.locate(number)
         slopes[pick] = (loss(*pick, 1 + little) - loss(*pick, 1 - little)) / (2 * little)
     options = {"teacher": teacher, "temperature": temperature, "clean_weight": clean_weight}
-    options["target_weight"] = target_weight
     list(learn(cut="soft", steps=1, learning_rate=1.5, **options).repair(task))
-    clear = {pick for pick, slope in slopes.items() if abs(slope) > 5e-6}
+    clear = {pick for pick, slope in slopes.items() if abs(slope) > 1e-5}
     assert len(clear) > task.mask.total / 2
     wanted = {pick for pick in clear if slopes[pick] > 0}
     assert 0 < len(wanted) < len(clear)
@@ -220,6 +210,27 @@ def test_the_masked_victim_answers_triggered_images_as_clean_ones(hand_victim, m
     with torch.no_grad():
         now = [task.model(images).softmax(1) for images in (task.scoring.clean, task.scoring.triggered)]
     assert all((probabilities - answers).abs().max() < 0.05 for probabilities in now)
+
+
+def test_the_price_of_the_target_by_hand():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 0.0], [5.0, 0.0, 1.0]]).log_softmax(1)
+    wanted = torch.tensor([[0.1, 0.2, 0.7], [0.9, 0.1, 0.0], [0.0, 1.0, 0.0]])
+    probabilities = logits.exp()
+    # The first and the third are sent to classes 1 and 0; the second belongs there, as the teacher says.
+    price = _sent_to_target(logits, torch.tensor([1, 0, 0]), wanted)
+    assert price == pytest.approx(-((1 - probabilities[0, 1]).log() + (1 - probabilities[2, 0]).log()).item() / 3)
+
+
+def test_the_price_of_the_target_rises_from_nothing(new_task, monkeypatch):
+    seen, real = [], MaskPrune._disagreement
+
+    def spy(self, task, pairs, wanted, clean_weight, target_weight):
+        seen.append((clean_weight, target_weight))
+        return real(self, task, pairs, wanted, clean_weight, target_weight)
+
+    monkeypatch.setattr(MaskPrune, "_disagreement", spy)
+    list(learn(steps=4, target_weight=8.0).repair(new_task()))
+    assert seen == [(1, 0), (1, 2), (1, 4), (1, 6)]
 
 
 def test_a_trigger_without_a_clean_answer_is_still_not_sent_to_the_target(new_task):
