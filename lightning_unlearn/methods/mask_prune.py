@@ -221,10 +221,10 @@ class MaskPrune(RepairMethod):
         clean, triggered = (
             F.kl_div(part.log_softmax(1), wanted, reduction="batchmean") for part in (logits / scale).chunk(2)
         )
-        sent = _sent_to_target(logits.chunk(2)[1], pairs.targets, wanted)
-        answers = logits.detach().chunk(2)[1].argmax(1)
+        backdoored, answers = logits.chunk(2)[1], wanted.argmax(1)
+        sent = _sent_to_target(backdoored, pairs.targets, answers)
         loss = scale * (clean_weight * clean + triggered) + target_weight * sent
-        return loss, (answers == wanted.argmax(1)).float().mean()
+        return loss, (backdoored.argmax(1) == answers).float().mean()
 
     def _bears_augmentation(self, task: RepairTask) -> bool:
         """Whether victim and backdoor do on flipped and shifted images what they do on those held, within 2α."""
@@ -271,10 +271,10 @@ def _flipped_and_shifted(task: RepairTask, pairs: Pairs, generator: torch.Genera
     return Pairs(images, task.trigger(images), pairs.labels, pairs.targets) if len(pairs) else pairs
 
 
-def _sent_to_target(logits: Tensor, targets: Tensor, wanted: Tensor) -> Tensor:
-    """−log(1 − p_target), where images that belong there count as 0."""
+def _sent_to_target(logits: Tensor, targets: Tensor, answers: Tensor) -> Tensor:
+    """−log(1 − p_target), where images that are to be answered so count as 0."""
     others = logits.scatter(1, targets[:, None], -torch.inf)
-    return ((logits.logsumexp(1) - others.logsumexp(1)) * (wanted.argmax(1) != targets)).mean()
+    return ((logits.logsumexp(1) - others.logsumexp(1)) * (answers != targets)).mean()
 
 
 def _back(task: RepairTask, masks: Tensor, floor: float) -> Tensor:

@@ -214,10 +214,9 @@ def test_the_masked_victim_answers_triggered_images_as_clean_ones(hand_victim, m
 
 def test_the_price_of_the_target_by_hand():
     logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 0.0], [5.0, 0.0, 1.0]]).log_softmax(1)
-    wanted = torch.tensor([[0.1, 0.2, 0.7], [0.9, 0.1, 0.0], [0.0, 1.0, 0.0]])
     probabilities = logits.exp()
     # The first and the third are sent to classes 1 and 0; the second belongs there, as the teacher says.
-    price = _sent_to_target(logits, torch.tensor([1, 0, 0]), wanted)
+    price = _sent_to_target(logits, torch.tensor([1, 0, 0]), torch.tensor([2, 0, 1]))
     assert price == pytest.approx(-((1 - probabilities[0, 1]).log() + (1 - probabilities[2, 0]).log()).item() / 3)
 
 
