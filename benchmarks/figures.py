@@ -41,6 +41,8 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
         axes.set_xscale("symlog", linthresh=5)
         axes.set_yscale("symlog", linthresh=5)
         axes.grid(color="0.9")
-    figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    shown = {name: dots for axes in figure.axes for dots, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    names = [name for name in METHODS if name in shown]
+    figure.legend([shown[name] for name in names], names, loc="outside right center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

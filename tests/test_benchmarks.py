@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.utils.data import TensorDataset
 
 import lightning_unlearn
@@ -108,6 +109,14 @@ def test_only_methods_that_ran_on_all_draws_are_averaged():
 def test_a_picture(tmp_path):
     plot([line(), line("FT", asr=0.9), line("FT", spc=2)], tmp_path / "new" / "picture.png")
     assert (tmp_path / "new" / "picture.png").stat().st_size > 1000
+
+
+def test_the_legend_names_what_any_panel_shows(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
+    plot([line("FT", spc=2), line("AGE"), line(), line(spc=100)], tmp_path / "picture.png")
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["MaskPrune", "AGE", "FT"]
 
 
 def test_a_concept_without_a_trigger(monkeypatch):
