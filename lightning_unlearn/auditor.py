@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from lightning_unlearn.draw import Draw
 from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.head import head_of, prominence
 from lightning_unlearn.intact import intact
+from lightning_unlearn.margins import largest_margins
 from lightning_unlearn.triggers import Normalization
 from lightning_unlearn.triggers.distance import individual_costs
 from lightning_unlearn.triggers.inversion import Estimate, Family, invert
@@ -194,6 +196,16 @@ class Auditor:
         wanted = list(range(num_classes) if classes is None else classes)
         prominent = prominence(None if model is None else head_of(model, num_classes), num_classes)
 
+        margins = largest_margins(
+            on_pixels,
+            pixels,
+            num_classes=num_classes,
+            at_once=self.at_once,
+            seed=self.seed,
+            deadline=deadline,
+            on_step=None if on_progress is None else partial(on_progress, "margin"),
+        )
+
         def estimate(family: Family, of: list[int], steps: int) -> list[Estimate]:
             return self._estimate(on_pixels, pixels, known, family, of, steps, start, deadline, on_progress)
 
@@ -205,7 +217,9 @@ class Auditor:
             screening = estimate("additive", wanted, self.screen_steps)
             costs = alone(wanted)["additive"]
             # By score, as in the end: after so few steps a target's cost tells more than its universality does.
-            screened = judged({"additive": screening}, {"additive": costs}, None, [prominent[c] for c in wanted])
+            screened = judged(
+                {"additive": screening}, {"additive": costs}, None, [prominent[c] for c in wanted], margins
+            )
             keep = max(_FEW, len(wanted) // 5)
             wanted = sorted(entry.target for entry in sorted(screened, key=lambda entry: entry.score)[-keep:])
         individual = alone(wanted)
@@ -218,7 +232,7 @@ class Auditor:
             except _TimeOverError:
                 if not found:
                     raise
-        entries = judged(found, individual, usual, [prominent[c] for c in wanted])
+        entries = judged(found, individual, usual, [prominent[c] for c in wanted], margins)
         order = sorted(range(len(wanted)), key=lambda k: -entries[k].score)
         worst, score = order[0], entries[order[0]].score
         verdict: Verdict = "clean" if score <= 1 else "backdoored" if score >= SURELY else "suspicious"

@@ -8,13 +8,26 @@ from dataclasses import asdict, dataclass
 from statistics import median, pstdev
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_unlearn.margins import gaps
 from lightning_unlearn.triggers import Trigger, TriggerPool
 from lightning_unlearn.triggers.inversion import Estimate, Family
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["COMPARED", "LIMITS", "SURELY", "WORKS", "Audit", "ClassAudit", "Usual", "Verdict", "judged", "universality"]
+__all__ = [
+    "COMPARED",
+    "LIMITS",
+    "SURELY",
+    "WIDEST",
+    "WORKS",
+    "Audit",
+    "ClassAudit",
+    "Usual",
+    "Verdict",
+    "judged",
+    "universality",
+]
 
 Verdict = Literal["clean", "suspicious", "backdoored"]
 
@@ -22,6 +35,7 @@ COMPARED: tuple[Family, ...] = ("additive", "covering", "displacing")
 # How far a class may stand out in an honest network, family by family; chosen on the calibration models of
 # `python -m benchmarks.detection`, other ones than those whose errors are reported.
 LIMITS: dict[Family, float] = {"additive": 1.05, "covering": 1.65, "displacing": 1.8}
+WIDEST = 0.9  # gap below the largest margin in an honest network, chosen likewise
 SURELY = 1.1  # from here on the verdict is "backdoored"
 WORKS = 0.5  # least success on held-out images of an estimate that is used
 _SHOWN = 20  # rows of the terminal's table
@@ -62,25 +76,40 @@ class ClassAudit:
 
     Args:
         target: the class.
-        score: how far the class stands out as a multiple of what is innocent (:func:`judged`); above 1 is suspicious.
+        trigger_score: how far its cheapest triggers stand out as a multiple of what is innocent (:func:`judged`).
         cost: by family, what one trigger for all images costs, see :class:`Estimate`.
         universality: by family, what a change for each image alone costs on average, as a share of ``cost``.
         success: by family, the trigger's success on the images it was estimated on, in [0, 1].
         prominence: by how many spreads the class's weights in the last layer stand out
             (:func:`~lightning_unlearn.head.prominence`).
+        margin: how sure of the class one change of all images can make the model, in logits
+            (:func:`~lightning_unlearn.margins.largest_margins`); None if that was not looked at.
+        gap: by how much that exceeds the margins of all other classes, as a logarithm
+            (:func:`~lightning_unlearn.margins.gaps`); 0 unless it is the largest.
     """
 
     target: int
-    score: float
+    trigger_score: float
     cost: Mapping[Family, float]
     universality: Mapping[Family, float]
     success: Mapping[Family, float]
     prominence: float = 0.0
+    margin: float | None = None
+    gap: float = 0.0
+
+    @property
+    def score(self) -> float:
+        """How far the class stands out as a multiple of what is innocent; above 1 is suspicious."""
+        return max(self.trigger_score, self.gap / WIDEST)
 
     @property
     def unaided(self) -> float:
         """The score that the class would have if nothing in the last layer stood out."""
-        return self.score / math.exp(_WEIGHT * _counted(self.prominence))
+        return max(self.trigger_score / math.exp(_WEIGHT * _counted(self.prominence)), self.gap / WIDEST)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same in plain Python, with the score."""
+        return {"score": self.score, **asdict(self)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,16 +175,14 @@ class Audit:
             **plain,
             "suspected_targets": list(self.suspected_targets),
             "unseen": list(self.unseen),
-            "classes": [asdict(entry) for entry in self.classes],
+            "classes": [entry.to_dict() for entry in self.classes],
             "estimates": [estimate.to_dict() for estimate in self.estimates],
         }
 
     def summary(self) -> str:
         """The verdict in one sentence."""
         if self.verdict == "clean":
-            return (
-                f"Verdict: clean (score {self.score:.2f}, above 1 is suspicious): no class has too universal a trigger."
-            )
+            return f"Verdict: clean (score {self.score:.2f}, above 1 is suspicious): no class stands out."
         best = max(self._foremost, key=lambda estimate: estimate.success)
         return (
             f"Verdict: {self.verdict} (score {self.score:.2f}, above 1 is suspicious): one {best.family} change sends "
@@ -166,9 +193,9 @@ class Audit:
         """The same as a table for the terminal, the most suspicious classes first."""
         from rich.table import Table
 
-        title = "Universality of each class's cheapest triggers, and how its weights in the last layer stand out"
+        title = "Universality of each class's cheapest triggers, and how its largest margin and last weights stand out"
         table = Table(title=title, caption=self.notes())
-        for column in ("class", "score ↓", *COMPARED, "last layer"):
+        for column in ("class", "score ↓", *COMPARED, "margin", "last layer"):
             table.add_column(column, justify="right")
         for entry in sorted(self.classes, key=lambda entry: -entry.score)[:_SHOWN]:
             style = "bold red" if entry.target in self.suspected_targets else None
@@ -178,12 +205,20 @@ class Audit:
     def notes(self) -> str:
         """The verdict, and what must be known to read it."""
         notes, others = [self.summary()], self.suspected_targets[1:]
-        unaided = next((entry.unaided for entry in self.classes if entry.target == self.suspected_target), math.inf)
-        if unaided <= 1:
-            notes.append(
-                f"Only its weights in the last layer lift it above the limit (the score without them: {unaided:.2f}), "
-                "and those of a class that honestly had far more training images than others stand out just as much."
-            )
+        for entry in self.classes:
+            if entry.target != self.suspected_target:
+                continue
+            if entry.gap > WIDEST:
+                notes.append(
+                    f"A change of all images can make the model {math.exp(entry.gap):.1f} times as sure of class "
+                    f"{entry.target} as of any other."
+                )
+            if entry.unaided <= 1:
+                notes.append(
+                    "Only its weights in the last layer lift it above the limit (the score without them: "
+                    f"{entry.unaided:.2f}), and those of a class that honestly had far more training images than "
+                    "others stand out just as much."
+                )
         if others:
             notes.append(f"Above the limit, too: class {', '.join(map(str, others))}.")
         if self.labels == "predicted":
@@ -196,7 +231,7 @@ class Audit:
 
     def __str__(self) -> str:
         """The classes as a Markdown table, with the verdict."""
-        lines = ["| class | score ↓ | additive | covering | displacing | last layer |", "| --- " * 6 + "|"]
+        lines = ["| class | score ↓ | additive | covering | displacing | margin | last layer |", "| --- " * 7 + "|"]
         for c in self.classes:
             lines.append(f"| {c.target} | {c.score:.2f} | " + " | ".join(_cells(c)) + " |")
         return "\n".join([*lines, "", self.notes()])
@@ -204,7 +239,7 @@ class Audit:
 
 def _cells(entry: ClassAudit) -> list[str]:
     shares = [f"{entry.universality[family]:.2f}" if family in entry.universality else "" for family in COMPARED]
-    return [*shares, f"{entry.prominence:+.1f}"]
+    return [*shares, "" if entry.margin is None else f"{entry.margin:.1f}", f"{entry.prominence:+.1f}"]
 
 
 def judged(
@@ -212,6 +247,7 @@ def judged(
     individual: Mapping[Family, Sequence[float]],
     usual: Mapping[Family, Usual] | None = None,
     prominences: Sequence[float] | None = None,
+    margins: Sequence[float] = (),
 ) -> tuple[ClassAudit, ...]:
     """Judge each class by its estimates.
 
@@ -220,15 +256,17 @@ def judged(
     are. Universality alone does not do, since how universal honest classes are depends on the network and the data; nor
     does z, since among honest classes, too, one may be the easiest (bags among garments); nor p, since a class that
     honestly had more training images is as prominent as one that got them by poisoning. The score is the largest of
-    these as a multiple of what is innocent.
+    these, and of the gap below the largest margin, as a multiple of what is innocent.
 
     Args:
         found: by family, one estimate a class.
         individual: by family, what :func:`~lightning_unlearn.triggers.distance.individual_costs` has for each class.
         usual: the other classes' costs by family, where they were estimated before.
         prominences: how prominent each of these classes is in the last layer; not at all by default.
+        margins: the :func:`~lightning_unlearn.margins.largest_margins` of all classes that the model knows, if found.
     """
     prominent = [0.0] * len(next(iter(found.values()))) if prominences is None else prominences
+    seen = dict(enumerate(zip(margins, gaps(margins), strict=True)))
     shares = {
         family: [universality(e, cost) for e, cost in zip(estimates, individual[family], strict=True)]
         for family, estimates in found.items()
@@ -243,13 +281,16 @@ def judged(
     return tuple(
         ClassAudit(
             target=estimate.target,
-            score=max(score(family, k) for family in found),
+            trigger_score=max(score(family, k) for family in found),
             cost={family: of[k].cost for family, of in found.items()},
             universality={family: values[k] for family, values in shares.items()},
             success={family: of[k].success for family, of in found.items()},
             prominence=prominent[k],
+            margin=margin,
+            gap=gap,
         )
         for k, estimate in enumerate(next(iter(found.values())))
+        for margin, gap in [seen.get(estimate.target, (None, 0.0))]
     )
 
 

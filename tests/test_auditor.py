@@ -11,8 +11,10 @@ from torch.utils.data import TensorDataset
 from lightning_unlearn import audit, auditor
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.head import prominence
+from lightning_unlearn.margins import gaps
 from lightning_unlearn.triggers import AdditiveTrigger, Normalization
 from lightning_unlearn.triggers.inversion import Estimate
+from lightning_unlearn.verdict import WIDEST
 
 FAST = Auditor(steps=15)
 
@@ -81,7 +83,9 @@ def test_the_verdict_goes_by_the_highest_score(monkeypatch, score, verdict):
 
     def scored(*given):
         entries = judged(*given)
-        return tuple(auditor.replace(entry, score=score if entry.target == 2 else 0.1 * score) for entry in entries)
+        return tuple(
+            auditor.replace(entry, trigger_score=score if entry.target == 2 else 0.1 * score) for entry in entries
+        )
 
     monkeypatch.setattr(auditor, "judged", scored)
     found = examined()
@@ -92,7 +96,8 @@ def test_the_verdict_goes_by_the_highest_score(monkeypatch, score, verdict):
     assert families <= {"additive", "covering", "displacing"} | ({"residual"} if verdict != "clean" else set())
 
 
-def test_a_model_tells_which_classes_its_last_layer_favours():
+def test_a_model_tells_which_classes_its_last_layer_favours(monkeypatch):
+    monkeypatch.setattr(auditor, "largest_margins", lambda *given, **options: [])
     net = nn.Sequential(nn.Flatten(), nn.Linear(6 * 6, 6))
     images, labels = rows(classes=6)
     with torch.no_grad():
@@ -105,6 +110,21 @@ def test_a_model_tells_which_classes_its_last_layer_favours():
     assert told.classes[4].score == pytest.approx(plain.classes[4].score * math.exp(4 / 5))
     (alone,) = FAST.audit(net, images, labels, held_out=images[:6], model=net, classes=[4]).classes
     assert alone.prominence == told.classes[4].prominence
+
+
+def test_a_model_that_bright_images_make_far_too_sure_is_found_by_that():
+    images, labels = rows(classes=6)
+
+    def model(x):
+        return honest(x) + 40 * x[:, 0].mean((1, 2))[:, None] ** 2 * nn.functional.one_hot(torch.tensor(3), 6)
+
+    margins = auditor.largest_margins(model, images, num_classes=6, seed=0)
+    found = examined(model, (images, labels))
+    assert [entry.gap for entry in found.classes] == gaps(margins)
+    assert found.classes[3].gap > WIDEST
+    assert (found.verdict, found.suspected_target) == ("backdoored", 3)
+    (alone,) = examined(model, (images, labels), classes=[3]).classes
+    assert alone.gap == found.classes[3].gap
 
 
 @pytest.mark.parametrize("target", [0, 3])
@@ -213,7 +233,7 @@ def scores(monkeypatch):
 
         def scored(*given):
             entries = judged(*given)
-            return tuple(auditor.replace(entry, score=values[entry.target]) for entry in entries)
+            return tuple(auditor.replace(entry, trigger_score=values[entry.target]) for entry in entries)
 
         monkeypatch.setattr(auditor, "judged", scored)
 
@@ -343,8 +363,8 @@ def test_time_for_nothing(monkeypatch):
 
 def test_time_for_some_classes_only(monkeypatch):
     Clock(monkeypatch)
-    with pytest.raises(ValueError, match=r"^max_time: 3 s were over after 2 of 4 classes; allow more"):
-        examined(by=Auditor(max_time=3, at_once=8, batch_size=4))
+    with pytest.raises(ValueError, match=r"^max_time: 7 s were over after 2 of 4 classes; allow more"):
+        examined(by=Auditor(max_time=7, at_once=8, batch_size=4))
 
 
 @pytest.mark.parametrize("limit", [3, 8])

@@ -35,7 +35,8 @@ def verdict(monkeypatch):
 
         def scored(*given):
             return tuple(
-                dataclasses.replace(entry, score=score if entry.target == target else 0.1) for entry in judged(*given)
+                dataclasses.replace(entry, trigger_score=score if entry.target == target else 0.1)
+                for entry in judged(*given)
             )
 
         monkeypatch.setattr(audits, "judged", scored)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lightning_unlearn.triggers import PatchTrigger, TriggerPool
 from lightning_unlearn.triggers.inversion import Estimate
-from lightning_unlearn.verdict import LIMITS, Audit, ClassAudit, Usual, judged, universality
+from lightning_unlearn.verdict import LIMITS, WIDEST, Audit, ClassAudit, Usual, judged, universality
 
 
 def estimate(family="additive", target=0, cost=0.1, success=1.0):
@@ -24,14 +24,15 @@ def estimates(family, *costs, success=1.0):
 def an_audit(**changes):
     entry = ClassAudit(
         target=1,
-        score=1.5,
+        trigger_score=1.5,
         cost={"additive": 0.1},
         universality={"additive": 0.69},
         success={"additive": 0.9},
         prominence=1.25,
+        margin=31.25,
     )
     other = ClassAudit(
-        target=0, score=0.5, cost={"additive": 0.4}, universality={"additive": 0.23}, success={"additive": 1.0}
+        target=0, trigger_score=0.5, cost={"additive": 0.4}, universality={"additive": 0.23}, success={"additive": 1.0}
     )
     given = {
         "verdict": "backdoored",
@@ -69,6 +70,27 @@ def test_scores_by_hand():
     # What lies above the usual cost counts less; the covering trigger is at it.
     assert first.score == pytest.approx(0.5 / LIMITS["covering"])
     assert third.score == pytest.approx(0.8 / LIMITS["covering"])
+
+
+def test_a_class_of_which_a_model_can_be_made_far_surer_than_of_others():
+    found = {"additive": estimates("additive", *[0.1] * 6)}
+    alone = {"additive": [0.01] * 6}
+    plain = judged(found, alone)
+    entries = judged(found, alone, margins=[5.0, 6.0, 60.0, 4.0, 5.0, -1.0])
+    assert [entry.gap for entry in entries] == pytest.approx([0, 0, math.log(10), 0, 0, 0])
+    assert entries[2].score == pytest.approx(math.log(10) / WIDEST)
+    assert [entry.score for k, entry in enumerate(entries) if k != 2] == [plain[0].score] * 5
+    # What the last layer adds is told apart; this class needs none of it.
+    assert entries[2].unaided == entries[2].score
+    raised = replace(entries[2], prominence=4.0)
+    assert raised.unaided == raised.score
+
+
+def test_margins_are_those_of_all_classes_where_a_few_are_judged():
+    found = {"additive": [estimate(target=4), estimate(target=2)]}
+    entries = judged(found, {"additive": [0.01, 0.01]}, margins=[5.0, 6.0, 60.0, 4.0, 5.0, -1.0])
+    assert [entry.gap for entry in entries] == pytest.approx([0, math.log(10)])
+    assert [entry.margin for entry in entries] == [5.0, 60.0]
 
 
 def test_spreads_below_what_is_usual():
@@ -148,9 +170,7 @@ def test_summary():
         "class 1."
     )
     assert an_audit(verdict="suspicious").summary().startswith("Verdict: suspicious (score 1.50, above 1")
-    assert an_audit(**CLEAN).summary() == (
-        "Verdict: clean (score 0.50, above 1 is suspicious): no class has too universal a trigger."
-    )
+    assert an_audit(**CLEAN).summary() == ("Verdict: clean (score 0.50, above 1 is suspicious): no class stands out.")
 
 
 def test_notes_say_what_must_be_known():
@@ -172,12 +192,19 @@ def test_notes_say_where_the_last_layer_tips_the_scales(prominence, tipped):
     assert other.unaided == other.score
 
 
+@pytest.mark.parametrize(("gap", "told"), [(math.log(4), True), (WIDEST, False), (0.0, False)])
+def test_the_notes_tell_of_a_class_that_a_model_can_be_made_far_surer_of(gap, told):
+    clean, suspected = an_audit().classes
+    found = an_audit(classes=(clean, replace(suspected, gap=gap)))
+    assert ("can make the model 4.0 times as sure of class 1 as of any other." in found.notes()) is told
+
+
 def test_as_markdown():
     assert str(an_audit()).splitlines() == [
-        "| class | score ↓ | additive | covering | displacing | last layer |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| 0 | 0.50 | 0.23 |  |  | +0.0 |",
-        "| 1 | 1.50 | 0.69 |  |  | +1.2 |",
+        "| class | score ↓ | additive | covering | displacing | margin | last layer |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| 0 | 0.50 | 0.23 |  |  |  | +0.0 |",
+        "| 1 | 1.50 | 0.69 |  |  | 31.2 | +1.2 |",
         "",
         an_audit().notes(),
     ]

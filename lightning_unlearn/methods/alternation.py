@@ -28,8 +28,8 @@ class Alternation(RepairMethod):
     suspects; then triggers of these classes, and of others that it nearly suspects, are estimated anew on the repaired
     model. What stands out joins those before, until no such class scores above ``stop_score`` in an
     :class:`~lightning_unlearn.Audit`, until ``rounds`` are over, or until a round costs more accuracy than
-    ``accuracy_drop`` allows, which is then taken back. A model that is repaired although its audit's verdict was
-    ``"clean"`` is repaired at least twice.
+    ``accuracy_drop`` allows, which is then taken back. A model in whose audit no class's cheapest triggers stood out is
+    repaired at least twice.
 
     An estimate is the least that works, and an attacker's trigger is more than that: additive estimates are unlearned
     at ``strength`` times their size.
@@ -107,8 +107,8 @@ class Alternation(RepairMethod):
         classes = () if task.audit is None else task.audit.classes
         watched = list(dict.fromkeys([target, *(entry.target for entry in classes if entry.score > _DOUBTFUL)]))
         usual = None if task.audit is None else task.audit.usual_without(watched)
-        # Scores that did not tell the backdoor cannot tell when it is gone either.
-        least = 2 if task.audit is not None and task.audit.verdict == "clean" else 1
+        # Where no trigger's cost told the backdoor, a trigger's cost cannot tell when it is gone.
+        least = 2 if task.audit is not None and all(entry.trigger_score <= 1 for entry in classes) else 1
         for number in range(1, self.rounds + 1):
             steps, weights = task.mask.steps, [tensor.detach().clone() for tensor in _tensors(task)]
             stage = self._task(task, pool)

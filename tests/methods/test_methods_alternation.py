@@ -73,10 +73,17 @@ def test_rounds_go_on_until_the_score_is_low_or_they_are_over(task, monkeypatch,
     assert all(call["classes"] == [0] for call in calls)
 
 
-@pytest.mark.parametrize(("verdict", "rounds"), [("clean", 2), ("suspicious", 1)])
-def test_scores_that_did_not_tell_the_backdoor_do_not_stop_the_first_repair(task, monkeypatch, verdict, rounds):
+@pytest.mark.parametrize(
+    ("trigger_score", "gap", "rounds"), [(0.3, 0.0, 2), (0.3, 2.0, 2), (1.0, 2.0, 2), (1.05, 0.0, 1), (1.05, 2.0, 1)]
+)
+def test_costs_that_did_not_tell_the_backdoor_do_not_stop_the_first_repair(
+    task, monkeypatch, trigger_score, gap, rounds
+):
     scripted(monkeypatch, 0.1, 0.1)
-    task.audit = Audit(verdict, 0, 0.3, (), (), 3)
+    entries = [ClassAudit(c, 0.1, {}, {}, {}) for c in (1, 2)]
+    entry = ClassAudit(0, trigger_score, {}, {}, {}, gap=gap)
+    verdict = "clean" if entry.score <= 1 else "backdoored"
+    task.audit = Audit(verdict, 0, entry.score, (entry, *entries), (), 3)
     assert len(list(Alternation(Recorder(), rounds=4).repair(task))) == rounds
 
 
