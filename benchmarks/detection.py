@@ -172,6 +172,7 @@ def examine(suspect: Suspect, part: Part) -> dict[str, Any]:
         "cost": {family: [c.cost[family] for c in found.classes] for family in found.classes[0].cost},
         "universality": {family: [c.universality[family] for c in found.classes] for family in found.classes[0].cost},
         "prominence": [c.prominence for c in found.classes],
+        "margin": [c.margin for c in found.classes],
         "status": done.status,
         "untouched": all(torch.equal(weights[name], tensor) for name, tensor in net.state_dict().items()),
         "cpu_seconds": time.process_time() - started,
@@ -194,7 +195,8 @@ def scored(line: dict[str, Any]) -> tuple[float, int]:
         family: [cost * share for cost, share in zip(costs, line["universality"][family], strict=True)]
         for family, costs in line["cost"].items()
     }
-    worst = max(judged(found, alone, prominences=line["prominence"]), key=lambda entry: entry.score)
+    entries = judged(found, alone, prominences=line["prominence"], margins=line.get("margin", ()))
+    worst = max(entries, key=lambda entry: entry.score)
     return worst.score, worst.target
 
 

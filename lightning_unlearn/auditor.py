@@ -202,7 +202,7 @@ class Auditor:
             num_classes=num_classes,
             at_once=self.at_once,
             seed=self.seed,
-            deadline=deadline,
+            deadline=(started + deadline) / 2,  # so that estimates, without which nothing can be repaired, have time
             on_step=None if on_progress is None else partial(on_progress, "margin"),
         )
 

@@ -49,11 +49,11 @@ def largest_margins(
         batch_size: images a class and step.
         at_once: most images in one forward pass.
         seed: seed of the batches.
-        deadline: a time of :func:`time.monotonic` after which no class is begun.
+        deadline: a time of :func:`time.monotonic` after which no step is begun.
         on_step: called with the steps done and all steps.
 
     Returns:
-        A margin a class, in units of logits; none at all if time was over before the last class was begun.
+        A margin a class, in units of logits; none at all if time was over before the last step of the last class.
 
     Example:
         >>> import torch
@@ -67,13 +67,13 @@ def largest_margins(
     groups = torch.arange(num_classes, device=pixels.device).split(size)  # type: ignore[no-untyped-call]  # torch's is untyped
     found: list[float] = []
     for number, group in enumerate(groups):
-        if time.monotonic() > deadline:
-            return []
         patterns = torch.zeros(len(group), 1, *pixels.shape[1:], device=pixels.device, requires_grad=True)
         optimizer = torch.optim.Adam([patterns], lr=_RATE)
         wanted = group.repeat_interleave(batch_size)[:, None]
         total = torch.zeros(len(group), device=pixels.device)
         for step in range(steps):
+            if time.monotonic() > deadline:
+                return []
             chosen = torch.randint(len(pixels), (len(group), batch_size), generator=generator)
             changed = (pixels[chosen.to(pixels.device)] + patterns).clamp(0, 1)
             logits = forward(changed.flatten(0, 1))

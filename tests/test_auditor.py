@@ -367,6 +367,23 @@ def test_time_for_some_classes_only(monkeypatch):
         examined(by=Auditor(max_time=7, at_once=8, batch_size=4))
 
 
+def test_margins_take_half_of_the_time_at_most(monkeypatch):
+    deadlines = []
+    largest_margins = auditor.largest_margins
+
+    def timed(*given, deadline, **options):
+        deadlines.append(deadline)
+        return largest_margins(*given, deadline=deadline, **options)
+
+    monkeypatch.setattr(auditor, "largest_margins", timed)
+    Clock(monkeypatch)
+    found = examined(by=Auditor(max_time=30))
+    assert deadlines == [16]  # the clock showed 1 at the start
+    assert [entry.margin for entry in found.classes] == [None] * 4
+    assert not found.complete
+    assert all(entry.margin is not None for entry in examined(by=Auditor(max_time=900)).classes)
+
+
 @pytest.mark.parametrize("limit", [3, 8])
 def test_time_for_one_family_only(monkeypatch, limit):
     Clock(monkeypatch)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from functools import partial
 
 import pytest
@@ -16,7 +17,7 @@ from benchmarks.trigger_free import ForeignConcept, pull_concept
 from lightning_unlearn import audit, methods, repair
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.data import Digits
-from lightning_unlearn.verdict import LIMITS
+from lightning_unlearn.verdict import LIMITS, WIDEST
 
 TINY = victims.Victim("digits", "conv", "badnets", epochs=1, images=128)
 KEYS = {
@@ -191,6 +192,17 @@ def test_errors_of_the_audit_by_hand():
     assert "digits, honest, twice as many of class 0, seed 2 |  | 1.20 | backdoored" in table
     assert "digits, blended 10%, target 0, seed 1 | 1.000 | 0.80 | clean" in table
     assert "ASR at most 0.10 in 2 of 3 | | | mean ACC drop 0.020 |" in detection.repairs(lines)
+
+
+def test_a_line_with_margins_is_judged_by_them_too():
+    line = _judged("lf", "clean", 0.8, target=3) | {
+        "cost": {"additive": [0.1] * 5},
+        "universality": {"additive": [0.8 * LIMITS["additive"], 0.0, 0.0, 0.0, 0.0]},
+        "prominence": [0.0] * 5,
+    }
+    assert detection.scored(line) == (pytest.approx(0.8), 0)
+    line["margin"] = [5.0, 5.0, 5.0, 5.0 * math.exp(1.8), 1.0]
+    assert detection.scored(line) == (pytest.approx(1.8 / WIDEST), 3)
 
 
 def test_models_to_report_are_not_those_that_limits_were_chosen_on():

@@ -62,6 +62,15 @@ def test_no_margins_when_time_is_over():
     assert largest_margins(linear([[1.0] * 4] * 2), PIXELS, num_classes=2, deadline=time.monotonic() - 1) == []
 
 
+def test_no_margins_when_time_is_over_before_the_last_step(monkeypatch):
+    now = iter(range(99))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    model = linear([[1.0] * 4] * 2)
+    assert largest_margins(model, PIXELS, num_classes=2, steps=5, batch_size=4, at_once=4, deadline=8) == []
+    now = iter(range(99))
+    assert len(largest_margins(model, PIXELS, num_classes=2, steps=5, batch_size=4, at_once=4, deadline=9)) == 2
+
+
 def test_the_gap_below_the_largest():
     assert gaps([4.0, 2.0, 40.0, 5.0, 1.0]) == pytest.approx([0, 0, math.log(8), 0, 0])
 
