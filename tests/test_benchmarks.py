@@ -8,10 +8,11 @@ from functools import partial
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 from torch.utils.data import TensorDataset
 
 import lightning_unlearn
-from benchmarks import classes, detection, matrix, repairs, tables, victims
+from benchmarks import classes, detection, margins, matrix, repairs, tables, victims
 from benchmarks.figures import plot
 from benchmarks.trigger_free import ForeignConcept, pull_concept
 from lightning_unlearn import audit, methods, repair
@@ -203,6 +204,16 @@ def test_a_line_with_margins_is_judged_by_them_too():
     assert detection.scored(line) == (pytest.approx(0.8), 0)
     line["margin"] = [5.0, 5.0, 5.0, 5.0 * math.exp(1.8), 1.0]
     assert detection.scored(line) == (pytest.approx(1.8 / WIDEST), 3)
+
+
+def test_a_row_of_margins(monkeypatch, tmp_path):
+    monkeypatch.setattr(margins, "train", lambda *_: nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 10)))
+    monkeypatch.setattr(
+        margins, "largest_margins", lambda *_, num_classes: [5.0] * 7 + [5.0 * math.exp(1.8), 1.0, -2.0]
+    )
+    row = margins.row(victims.Victim("digits", "conv", "none", seed=2), tmp_path)
+    assert row == f"| honest, seed 2 | 7 | 30 | 5 | 1.80 | {1.8 / WIDEST:.2f} |"
+    assert margins.row(victims.Victim("digits", "conv", "sig"), tmp_path).startswith("| sig 10% | 7 |")
 
 
 def test_models_to_report_are_not_those_that_limits_were_chosen_on():
