@@ -233,9 +233,11 @@ class Auditor:
                 if not found:
                     raise
         entries = judged(found, individual, usual, [prominent[c] for c in wanted], margins)
-        order = sorted(range(len(wanted)), key=lambda k: -entries[k].score)
-        worst, score = order[0], entries[order[0]].score
+        score = max(entry.score for entry in entries)
         verdict: Verdict = "clean" if score <= 1 else "backdoored" if score >= SURELY else "suspicious"
+        # A repair that is forced where nothing stands out begins with the class for which most speaks altogether.
+        order = sorted(range(len(wanted)), key=lambda k: -(entries[k].evidence if score <= 1 else entries[k].score))
+        worst = order[0]
         estimates: tuple[Estimate, ...] = ()
         for k in [worst, *(k for k in order[1:] if entries[k].score > 1)]:
             own = [of[k] for of in found.values()]

@@ -103,6 +103,11 @@ class ClassAudit:
         return max(self.trigger_score, self.gap / WIDEST)
 
     @property
+    def evidence(self) -> float:
+        """All that speaks against the class, little as each may be: a rank, with no limit of its own."""
+        return self.trigger_score + self.gap / WIDEST
+
+    @property
     def unaided(self) -> float:
         """The score that the class would have if nothing in the last layer stood out."""
         return max(self.trigger_score / math.exp(_WEIGHT * _counted(self.prominence)), self.gap / WIDEST)
@@ -123,7 +128,8 @@ class Audit:
         classes: all classes that were looked at closely, in order.
         num_classes: how many classes the model knows.
         estimates: the triggers estimated for the class with the highest score, one a family, and then those for every
-            other class above the limit.
+            other class above the limit; if the verdict is ``"clean"``, for the class with most
+            :attr:`~ClassAudit.evidence` alone.
         labels: ``"given"``, or ``"predicted"`` if the model's own answers stood in for labels.
         unseen: classes of which there was no clean image; they were looked at with the images of the others.
         complete: whether there was time for all classes and steps.

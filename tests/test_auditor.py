@@ -96,6 +96,25 @@ def test_the_verdict_goes_by_the_highest_score(monkeypatch, score, verdict):
     assert families <= {"additive", "covering", "displacing"} | ({"residual"} if verdict != "clean" else set())
 
 
+@pytest.mark.parametrize(("highest", "first", "verdict"), [(0.5, 1, "clean"), (1.05, 2, "suspicious")])
+def test_where_nothing_stands_out_estimates_are_of_the_class_for_which_most_speaks(
+    monkeypatch, highest, first, verdict
+):
+    judged = auditor.judged
+    scores, widths = {1: 0.4, 2: highest}, {1: 0.3 * WIDEST}
+
+    def scored(*given):
+        return tuple(
+            auditor.replace(e, trigger_score=scores.get(e.target, 0.1), gap=widths.get(e.target, 0.0))
+            for e in judged(*given)
+        )
+
+    monkeypatch.setattr(auditor, "judged", scored)
+    found = examined()
+    assert (found.verdict, found.score) == (verdict, highest)
+    assert {estimate.target for estimate in found.estimates} == {first}
+
+
 def test_a_model_tells_which_classes_its_last_layer_favours(monkeypatch):
     monkeypatch.setattr(auditor, "largest_margins", lambda *given, **options: [])
     net = nn.Sequential(nn.Flatten(), nn.Linear(6 * 6, 6))
