@@ -173,7 +173,7 @@ class Report:
     def summary(self) -> str:
         """One sentence on what happened to the model."""
         if self.status == "clean":
-            return "Verdict: clean. No class has a trigger more universal than innocent ones; the model is as it was."
+            return "Verdict: clean. No class stands out among the others; the model is as it was."
         if self.status == "not backdoored":
             return (
                 f"Left alone: the trigger's ASR on the clean images is already low ({self.trigger}); "
