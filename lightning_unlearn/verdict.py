@@ -272,7 +272,10 @@ def judged(
         margins: the :func:`~lightning_unlearn.margins.largest_margins` of all classes that the model knows, if found.
     """
     prominent = [0.0] * len(next(iter(found.values()))) if prominences is None else prominences
-    seen = dict(enumerate(zip(margins, gaps(margins), strict=True)))
+    # Logits in half precision may overflow on what no image shows; JSON has no infinity.
+    seen = {
+        c: (m if math.isfinite(m) else None, gap) for c, (m, gap) in enumerate(zip(margins, gaps(margins), strict=True))
+    }
     shares = {
         family: [universality(e, cost) for e, cost in zip(estimates, individual[family], strict=True)]
         for family, estimates in found.items()

@@ -86,6 +86,15 @@ def test_a_class_of_which_a_model_can_be_made_far_surer_than_of_others():
     assert raised.unaided == raised.score
 
 
+@pytest.mark.parametrize("margin", [math.nan, math.inf])
+def test_margins_that_overflowed_are_none(margin):
+    found = {"additive": estimates("additive", *[0.1] * 5)}
+    entries = judged(found, {"additive": [0.01] * 5}, margins=[5.0, margin, 4.0, 3.0, 2.0])
+    assert [entry.margin for entry in entries] == [5.0, None, 4.0, 3.0, 2.0]
+    assert [entry.gap for entry in entries] == [0.0] * 5
+    assert json.loads(json.dumps(entries[1].to_dict(), allow_nan=False))["margin"] is None
+
+
 def test_margins_are_those_of_all_classes_where_a_few_are_judged():
     found = {"additive": [estimate(target=4), estimate(target=2)]}
     entries = judged(found, {"additive": [0.01, 0.01]}, margins=[5.0, 6.0, 60.0, 4.0, 5.0, -1.0])
