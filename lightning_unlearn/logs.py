@@ -20,13 +20,13 @@ __all__ = ["log_pictures", "log_report", "log_round"]
 _SCALARS = ("val_acc", "val_asr", "val_ra", "val_loss", "val_unlearning_loss")
 
 
-def log_round(trainer: Trainer, done: Round, pruned: int) -> None:
+def log_round(trainer: Trainer, done: Round) -> None:
     """Log one round under ``unlearn/``.
 
     Steps go on from where training stopped, since some loggers share one step column.
     """
     values = {f"unlearn/{name}": value for name, value in asdict(done).items() if name in _SCALARS}
-    _log(trainer, values | {"unlearn/pruned_in_rounds": float(pruned)}, trainer.global_step + done.round)
+    _log(trainer, values | {"unlearn/pruned_in_rounds": float(done.total_pruned)}, trainer.global_step + done.round)
 
 
 def log_report(trainer: Trainer, report: Report) -> None:

@@ -113,13 +113,10 @@ class Session:
         apart = None if evaluation_trigger is None or clean.has_test else clean.validation()
         before = self._measured(real, apart, num_classes, processes)
         with round_progress(trainer) as show, stage_progress(trainer) as show_stage:
-            pruned = 0
 
             def on_round(done: Round) -> None:
-                nonlocal pruned
-                pruned = len(done.pruned) + (pruned if done.round > 1 else 0)  # a second try begins at round 1
                 show(done)
-                log_round(trainer, done, pruned)
+                log_round(trainer, done)
                 self.obey()
 
             def on_progress(stage: str, done: int, total: int) -> None:

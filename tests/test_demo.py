@@ -31,7 +31,7 @@ SCHEMA = {
     "filters", "rounds", "seconds", "checkpoint", "versions", "status", "measured_on", "verdict", "suspected_target",
     "suspected_targets", "estimated_trigger", "estimated_asr", "labels",
 }  # fmt: skip
-ROUND = {"round", "stage", "pruned", "val_acc", "val_asr", "val_ra", "val_loss", "val_unlearning_loss"}
+ROUND = {"round", "stage", "pruned", "total_pruned", "val_acc", "val_asr", "val_ra", "val_loss", "val_unlearning_loss"}
 
 
 @dataclass(frozen=True)

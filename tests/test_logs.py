@@ -67,7 +67,8 @@ def test_tensorboard_and_csv(tmp_path):
         scalars = found.Scalars(f"unlearn/{name}")
         assert [scalar.step for scalar in scalars] == [3, 4, 5]
         assert [s.value for s in scalars] == pytest.approx([getattr(done, name) for done in report.rounds])
-    assert [scalar.value for scalar in found.Scalars("unlearn/pruned_in_rounds")] == [1, 2, 2]
+    assert [scalar.value for scalar in found.Scalars("unlearn/pruned_in_rounds")] == [1, 2, 0]
+    assert report.filters["pruned"] == 0  # neither round was better than none
     for when, rates in (("before", report.before), ("after", report.after)):
         for name, rate in rates.items():
             (scalar,) = found.Scalars(f"unlearn/{name}_{when}")
@@ -117,7 +118,7 @@ def quiet_trainer(logger: Any) -> L.Trainer:
 
 def test_log_round(tmp_path):
     logger = Keeps(tmp_path)
-    log_round(quiet_trainer(logger), Round(7, "prune", (("conv", 1),), 0.9, 0.8, 0.1, 0.5, 3.0), pruned=4)
+    log_round(quiet_trainer(logger), Round(7, "prune", (("conv", 1),), 0.9, 0.8, 0.1, 0.5, 3.0, total_pruned=4))
     assert logger.told == [
         (
             {

@@ -29,7 +29,7 @@ AFTER = Evaluation(acc=0.8, asr=0.1, ra=0.7, loss=0.4, unlearning_loss=0.5)
 HELD_BEFORE = dataclasses.replace(BEFORE, asr=0.95)
 HELD_AFTER = dataclasses.replace(AFTER, asr=0.15)
 ROUNDS = (
-    Round(1, "prune", (("0", 2), ("2", 0)), 0.8, 0.1, 0.7, 0.4, 0.5),
+    Round(1, "prune", (("0", 2), ("2", 0)), 0.8, 0.1, 0.7, 0.4, 0.5, total_pruned=2),
     Round(2, "finetune", (), 0.8, 0.2, 0.6, 0.5, math.inf),
 )
 SECONDS = {"estimate": 0.0, "score": 0.5, "evaluate": 0.25, "finetune": 0.0, "total": 1.26}
@@ -98,6 +98,7 @@ def test_the_schema(report):
                 "val_ra": 0.7,
                 "val_loss": 0.4,
                 "val_unlearning_loss": 0.5,
+                "total_pruned": 2,
             },
             {
                 "round": 2,
@@ -108,6 +109,7 @@ def test_the_schema(report):
                 "val_ra": 0.6,
                 "val_loss": 0.5,
                 "val_unlearning_loss": None,
+                "total_pruned": 0,
             },
         ],
         "seconds": {"estimate": 0.0, "score": 0.5, "evaluate": 0.25, "finetune": 0.0, "total": 1.26},

@@ -1,4 +1,4 @@
-"""Estimate, repair, and estimate again on the repaired model, until no cheap trigger is left."""
+"""Estimate, repair, estimate again on the repaired model, and repair the original one against all estimates."""
 
 from __future__ import annotations
 
@@ -26,10 +26,13 @@ class Alternation(RepairMethod):
     An inversion finds *one* answer to what sends everything to the target; the attacker's trigger may be another one.
     So the task's trigger, an estimate, is unlearned by ``method``, together with those of other classes that the audit
     suspects; then triggers of these classes, and of others that it nearly suspects, are estimated anew on the repaired
-    model. What stands out joins those before, until no such class scores above ``stop_score`` in an
-    :class:`~lightning_unlearn.Audit`, until ``rounds`` are over, or until a round costs more accuracy than
-    ``accuracy_drop`` allows, which is then taken back. A model in whose audit no class's cheapest triggers stood out is
-    repaired at least twice.
+    model, where what was missed is all that is left to find. They join those before, and the *original* model is
+    repaired against all of them, since repairs of repairs would cost accuracy each time. That goes on until no such
+    class scores above ``stop_score`` in an :class:`~lightning_unlearn.Audit`, until ``rounds`` are over, or until a
+    repair costs more accuracy than ``accuracy_drop`` allows: then the one before counts. Where no class's cheapest
+    triggers stood out in the model's own audit, they cannot tell when a repair is enough either, so that all ``rounds``
+    are made. If its verdict was even clean, and the repair is forced, estimates may hold nothing of the backdoor: then
+    the *repaired* model is repaired again, which makes the class harder and harder to reach, at a price.
 
     An estimate is the least that works, and an attacker's trigger is more than that: additive estimates are unlearned
     at ``strength`` times their size.
@@ -43,7 +46,7 @@ class Alternation(RepairMethod):
         strength: factor of additive estimates, at least 1.
         stop_score: the score up to which a class has been repaired enough. Lower than the 1 from which a model is
             suspicious, since a known backdoor must be gone, where an honest model must be left alone.
-        accuracy_drop: α, the most accuracy that all rounds together may cost, on all clean images held, in (0, 1].
+        accuracy_drop: α, the most accuracy that a repair may cost, on all clean images held, in (0, 1].
         warm_start: estimate anew from what was estimated before instead of from random values; whether that helps is
             not known.
 
@@ -95,6 +98,7 @@ class Alternation(RepairMethod):
 
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Repair and estimate in turn."""
+        original, steps = _weights(task), task.mask.steps
         target, floor = task.trigger.target, task.measure().acc - self.accuracy_drop - 1e-6
         if not isinstance(target, int):
             raise ValueError(
@@ -108,17 +112,19 @@ class Alternation(RepairMethod):
         watched = list(dict.fromkeys([target, *(entry.target for entry in classes if entry.score > _DOUBTFUL)]))
         usual = None if task.audit is None else task.audit.usual_without(watched)
         # Where no trigger's cost told the backdoor, a trigger's cost cannot tell when it is gone.
-        least = 2 if task.audit is not None and all(entry.trigger_score <= 1 for entry in classes) else 1
+        blind = task.audit is not None and all(entry.trigger_score <= 1 for entry in classes)
+        forced = task.audit is not None and task.audit.verdict == "clean"
         for number in range(1, self.rounds + 1):
-            steps, weights = task.mask.steps, [tensor.detach().clone() for tensor in _tensors(task)]
+            kept, pruned = _weights(task), task.mask.pruned
+            if not forced:
+                _put_back(task, original, steps)
             stage = self._task(task, pool)
             yield from self.method.repair(stage)
             task.rounds = stage.rounds
             if task.measure().acc < floor:
-                task.mask.undo(task.mask.steps - steps)
-                with torch.no_grad():
-                    for tensor, before in zip(_tensors(task), weights, strict=True):
-                        tensor.copy_(before)
+                _put_back(task, original, steps)
+                task.mask.prune([filter_id for filter_id in pruned if filter_id not in task.mask.pruned])
+                _put_back(task, kept, task.mask.steps)
                 return
             if number == self.rounds:
                 return
@@ -137,7 +143,7 @@ class Alternation(RepairMethod):
                     on_progress=task.on_progress,
                 )
                 found = task.processes.outcome_of_first(examine)
-            if found.score <= self.stop_score and number >= least:
+            if found.score <= self.stop_score and not blind:
                 return
             pool += [estimate.trigger for estimate in found.estimates]
             known += found.estimates
@@ -183,6 +189,19 @@ def _members(trigger: Trigger) -> list[Trigger]:
     if isinstance(trigger, TriggerPool):
         return [member for member in trigger.triggers if isinstance(member, Trigger)]
     return [trigger]
+
+
+def _weights(task: RepairTask) -> list[Tensor]:
+    """A copy of all, since methods that fine-tune change more than the mask can undo."""
+    return [tensor.detach().clone() for tensor in _tensors(task)]
+
+
+@torch.no_grad()
+def _put_back(task: RepairTask, weights: list[Tensor], steps: int) -> None:
+    """Undo the mask to ``steps``, and put weights back that were copied with as many."""
+    task.mask.undo(task.mask.steps - steps)
+    for tensor, before in zip(_tensors(task), weights, strict=True):
+        tensor.copy_(before)
 
 
 def _tensors(task: RepairTask) -> list[Tensor]:

@@ -40,6 +40,7 @@ class Round:
         val_ra: recovery accuracy on triggered validation images, in [0, 1].
         val_loss: mean cross-entropy on clean validation images, in nats.
         val_unlearning_loss: mean cross-entropy of triggered validation images against their true labels, in nats.
+        total_pruned: how many filters are pruned after this round.
     """
 
     round: int
@@ -50,6 +51,7 @@ class Round:
     val_ra: float
     val_loss: float
     val_unlearning_loss: float
+    total_pruned: int = 0
 
 
 class Stopwatch:
@@ -135,7 +137,8 @@ class RepairTask:
         """
         self.processes.refuse_difference("the pruned filters", self.mask.pruned)
         self.rounds += 1
-        return Round(self.rounds, stage, pruned, now.acc, now.asr, now.ra, now.loss, now.unlearning_loss)
+        rates = now.acc, now.asr, now.ra, now.loss, now.unlearning_loss
+        return Round(self.rounds, stage, pruned, *rates, total_pruned=len(self.mask.pruned))
 
     def wanted(self, teacher: Teacher) -> Tensor:
         """What to answer for each scoring image, clean or triggered: (N, C) probabilities."""

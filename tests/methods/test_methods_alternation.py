@@ -74,12 +74,12 @@ def test_rounds_go_on_until_the_score_is_low_or_they_are_over(task, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("trigger_score", "gap", "rounds"), [(0.3, 0.0, 2), (0.3, 2.0, 2), (1.0, 2.0, 2), (1.05, 0.0, 1), (1.05, 2.0, 1)]
+    ("trigger_score", "gap", "rounds"), [(0.3, 0.0, 4), (0.3, 2.0, 4), (1.0, 2.0, 4), (1.05, 0.0, 1), (1.05, 2.0, 1)]
 )
-def test_costs_that_did_not_tell_the_backdoor_do_not_stop_the_first_repair(
+def test_costs_that_did_not_tell_the_backdoor_do_not_tell_when_it_is_gone(
     task, monkeypatch, trigger_score, gap, rounds
 ):
-    scripted(monkeypatch, 0.1, 0.1)
+    scripted(monkeypatch, 0.1, 0.1, 0.1)
     entries = [ClassAudit(c, 0.1, {}, {}, {}) for c in (1, 2)]
     entry = ClassAudit(0, trigger_score, {}, {}, {}, gap=gap)
     verdict = "clean" if entry.score <= 1 else "backdoored"
@@ -112,33 +112,76 @@ def test_strength_scales_additive_estimates_alone(task, strength):
     assert torch.equal(members[0].pattern, PATTERN)
 
 
-@pytest.mark.parametrize("bad", [1, 2])
-def test_a_round_over_the_budget_is_taken_back_bit_for_bit(make_net, make_clean, make_task, monkeypatch, bad):
-    scripted(monkeypatch, *[2.0] * 5, size=8)
-    net = make_net("vgg")
-    task = make_task(net, make_clean(8), PatchTrigger(size=1, target=0))
-    before = []
+@pytest.fixture
+def changing(make_net, make_clean, make_task):
+    """``changing()``: a task, a method that prunes two filters and moves all weights, and what it found and left."""
 
-    def change(stage):
-        before.append((copy.deepcopy(net.state_dict()), task.mask.pruned))
-        if len(before) < bad:
-            task.mask.prune([task.mask.locate(3)])
-        else:
-            task.mask.prune([task.mask.locate(0), task.mask.locate(7)])
+    def make():
+        net = make_net("vgg")
+        task = make_task(net, make_clean(8), PatchTrigger(size=1, target=0))
+        found, left = [], []
+
+        def step(stage):
+            found.append((copy.deepcopy(net.state_dict()), task.mask.pruned))
+            task.mask.prune([task.mask.locate(len(found)), task.mask.locate(10 - len(found))])
             with torch.no_grad():  # as a fine-tuning would, its norms' statistics too
                 for tensor in (*net.parameters(), *net.buffers()):
-                    tensor.add_(1)
+                    tensor.add_(len(found))
+            task.mask.hold()
+            left.append((copy.deepcopy(net.state_dict()), task.mask.pruned))
 
+        return task, Recorder(step), found, left
+
+    return make
+
+
+def assert_same(first, second):
+    (weights, pruned), (others, others_pruned) = first, second
+    assert pruned == others_pruned
+    assert all(torch.equal(weights[name], others[name]) for name in others)
+
+
+@pytest.mark.parametrize("verdict", [None, "suspicious", "backdoored"])
+def test_every_repair_is_of_the_original(changing, monkeypatch, verdict):
+    scripted(monkeypatch, *[2.0] * 3, size=8)
+    task, method, found, left = changing()
+    if verdict is not None:
+        task.audit = Audit(verdict, 0, 3.0, (), (), 3)
+    original = copy.deepcopy(task.model.state_dict()), ()
+    list(Alternation(method, rounds=3).repair(task))
+    assert len(found) == 3
+    for start in found:
+        assert_same(start, original)
+    assert_same((task.model.state_dict(), task.mask.pruned), left[2])
+    assert task.mask.pruned == (task.mask.locate(3), task.mask.locate(7))
+
+
+def test_where_nothing_was_suspected_repairs_go_on_from_each_other(changing, monkeypatch):
+    scripted(monkeypatch, *[0.1] * 3, size=8)
+    task, method, found, left = changing()
+    task.audit = Audit("clean", None, 0.1, (), (), 3)
+    list(Alternation(method, rounds=3).repair(task))
+    assert len(found) == 3
+    for start, end in zip(found[1:], left[:-1], strict=True):
+        assert_same(start, end)
+    assert_same((task.model.state_dict(), task.mask.pruned), left[2])
+
+
+@pytest.mark.parametrize("bad", [1, 2, 3])
+@pytest.mark.parametrize("verdict", ["clean", "backdoored"])
+def test_of_a_repair_over_the_budget_the_one_before_counts(changing, monkeypatch, bad, verdict):
+    scripted(monkeypatch, *[2.0] * 5, size=8)
+    task, method, found, left = changing()
+    task.audit = Audit(verdict, 0, 2.0, (), (), 3)
     accuracy = iter([1.0] * bad + [0.85] * 9)  # before everything, and after each round
     monkeypatch.setattr(task, "measure", lambda: replace(task.before, acc=next(accuracy)))
-    method = Recorder(change)
     done = list(Alternation(method, rounds=5, accuracy_drop=0.1).repair(task))
     assert len(done) == bad
-    weights, pruned = before[bad - 1]
-    after = net.state_dict()
-    assert all(torch.equal(after[name], weights[name]) for name in weights)
-    assert task.mask.pruned == pruned
-    assert len(pruned) == bad - 1
+    assert_same((task.model.state_dict(), task.mask.pruned), [found[0], *left][bad - 1])
+    pruned = task.mask.pruned
+    task.mask.undo(task.mask.steps)
+    for layer, index in pruned:  # it is the original's, not what a method had made of it
+        assert torch.equal(task.model.state_dict()[f"{layer}.weight"][index], found[0][0][f"{layer}.weight"][index])
 
 
 def test_a_loss_of_just_the_budget_is_allowed(task, monkeypatch):
@@ -190,7 +233,7 @@ def test_two_backdoors_are_both_removed():
     for trigger in triggers:
         assert (net(trigger(images)).argmax(1) == trigger.target).all()
     auditor = Auditor(steps=10)
-    method = Alternation(GradPrune(max_rounds=1, finetune=False), auditor=auditor)
+    method = Alternation(GradPrune(max_rounds=2, finetune=False), auditor=auditor)
     result = repair(net, clean, method=method, auditor=auditor, samples_per_class=4)
     assert set(result.audit.suspected_targets) == {1, 3}
     assert result.pruned == {"0": [5, 6]}

@@ -44,9 +44,10 @@ def test_hyper_parameters_are_keyword_only(method):
 
 def test_rounds_are_counted_through_all_stages(task):
     now = Evaluation(acc=0.5, asr=0.25, ra=0.75, loss=1.5, unlearning_loss=2.5)
+    task.mask.prune([task.mask.locate(0), task.mask.locate(1)])
     first, second = task.round("prune", now, (("0", 1),)), task.round("finetune", now)
-    assert first == Round(1, "prune", (("0", 1),), 0.5, 0.25, 0.75, 1.5, 2.5)
-    assert second == Round(2, "finetune", (), 0.5, 0.25, 0.75, 1.5, 2.5)
+    assert first == Round(1, "prune", (("0", 1),), 0.5, 0.25, 0.75, 1.5, 2.5, total_pruned=2)
+    assert second == Round(2, "finetune", (), 0.5, 0.25, 0.75, 1.5, 2.5, total_pruned=2)
     assert task.rounds == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
         first.val_acc = 1.0
