@@ -9,16 +9,12 @@ import torch
 from torch.utils.data import TensorDataset
 
 from benchmarks.datasets import load
+from benchmarks.honest import HONEST
 from benchmarks.matrix import VICTIMS
 from benchmarks.victims import Victim, train
 from lightning_unlearn.draw import Draw
 from lightning_unlearn.margins import gaps, largest_margins
 from lightning_unlearn.verdict import WIDEST
-
-HONEST = [
-    Victim("cifar10", "preact_resnet18", "none", poison_ratio=0.0, seed=seed, epochs=7, images=45_000)
-    for seed in (0, 2)
-]
 
 
 def row(victim: Victim, cache: Path) -> str:

@@ -12,12 +12,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import lightning_unlearn
-from benchmarks import classes, detection, margins, matrix, repairs, tables, victims
+from benchmarks import classes, detection, honest, margins, matrix, repairs, tables, victims
 from benchmarks.figures import plot
 from benchmarks.trigger_free import ForeignConcept, pull_concept
 from lightning_unlearn import audit, methods, repair
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.data import Digits
+from lightning_unlearn.evaluation import Evaluation
 from lightning_unlearn.verdict import LIMITS, WIDEST
 
 TINY = victims.Victim("digits", "conv", "badnets", epochs=1, images=128)
@@ -214,6 +215,13 @@ def test_a_row_of_margins(monkeypatch, tmp_path):
     row = margins.row(victims.Victim("digits", "conv", "none", seed=2), tmp_path)
     assert row == f"| honest, seed 2 | 7 | 30 | 5 | 1.80 | {1.8 / WIDEST:.2f} |"
     assert margins.row(victims.Victim("digits", "conv", "sig"), tmp_path).startswith("| sig 10% | 7 |")
+
+
+def test_a_row_of_honest_networks(monkeypatch, tmp_path):
+    monkeypatch.setattr(honest, "train", lambda *_: nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 10)))
+    found = [Evaluation(0.8, 0.1, ra, 0.0, 0.0) for ra in (0.75, 0.5)]
+    monkeypatch.setattr(honest, "evaluate", lambda *_: found.pop(0))
+    assert honest.row(victims.Victim("digits", "conv", "sig"), tmp_path) == "| sig | 0.800 / 0.750 | 0.800 / 0.500 |"
 
 
 def test_models_to_report_are_not_those_that_limits_were_chosen_on():
