@@ -28,7 +28,7 @@ def row(victim: Victim, cache: Path) -> str:
         seed=0,
         skip_missing=True,
     )
-    margins = largest_margins(net, draw.split.scoring[0], num_classes=10)
+    margins = largest_margins(net, draw.split.scoring[0], num_classes=10).values
     second, first = sorted(margins)[-2:]
     gap = max(gaps(margins))
     name = f"honest, seed {victim.seed}" if victim.attack == "none" else f"{victim.attack} {victim.poison_ratio:.0%}"

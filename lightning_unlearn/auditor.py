@@ -18,10 +18,10 @@ from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.head import head_of, prominence
 from lightning_unlearn.intact import intact
 from lightning_unlearn.margins import largest_margins
-from lightning_unlearn.triggers import Normalization
+from lightning_unlearn.triggers import AdditiveTrigger, Normalization
 from lightning_unlearn.triggers.distance import individual_costs
-from lightning_unlearn.triggers.inversion import Estimate, Family, invert
-from lightning_unlearn.verdict import COMPARED, SURELY, WORKS, Audit, Usual, Verdict, judged
+from lightning_unlearn.triggers.inversion import Estimate, Family, invert, measured
+from lightning_unlearn.verdict import COMPARED, SURELY, WIDEST, WORKS, Audit, Usual, Verdict, judged
 
 __all__ = ["Auditor", "Progress", "audit", "in_pixels"]
 
@@ -218,7 +218,7 @@ class Auditor:
             costs = alone(wanted)["additive"]
             # By score, as in the end: after so few steps a target's cost tells more than its universality does.
             screened = judged(
-                {"additive": screening}, {"additive": costs}, None, [prominent[c] for c in wanted], margins
+                {"additive": screening}, {"additive": costs}, None, [prominent[c] for c in wanted], margins.values
             )
             keep = max(_FEW, len(wanted) // 5)
             wanted = sorted(entry.target for entry in sorted(screened, key=lambda entry: entry.score)[-keep:])
@@ -232,7 +232,7 @@ class Auditor:
             except _TimeOverError:
                 if not found:
                     raise
-        entries = judged(found, individual, usual, [prominent[c] for c in wanted], margins)
+        entries = judged(found, individual, usual, [prominent[c] for c in wanted], margins.values)
         score = max(entry.score for entry in entries)
         verdict: Verdict = "clean" if score <= 1 else "backdoored" if score >= SURELY else "suspicious"
         # A repair that is forced where nothing stands out begins with the class for which most speaks altogether.
@@ -241,6 +241,11 @@ class Auditor:
         estimates: tuple[Estimate, ...] = ()
         for k in [worst, *(k for k in order[1:] if entries[k].score > 1)]:
             own = [of[k] for of in found.values()]
+            if entries[k].gap > WIDEST:
+                c = wanted[k]
+                # First, since who starts from earlier estimates wants the cheapest, which is the last of a family.
+                surest = AdditiveTrigger(margins.patterns[c], target=c)
+                own = [measured(on_pixels, pixels[known != c], surest, "additive", c), *own]
             if k == worst and verdict != "clean" and time.monotonic() < deadline:
                 own += estimate("residual", [wanted[worst]], self.steps)
             estimates += _usable(on_pixels, own, held)

@@ -5,16 +5,30 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["gaps", "largest_margins"]
+__all__ = ["Margins", "gaps", "largest_margins"]
 
 _RATE = 0.1  # of Adam, in pixel units
 _LAST = 10  # steps whose margins are averaged
 _FEWEST = 5  # classes; among fewer there is nothing to compare with
 _LEAST = 0.05  # of the largest margin; a smaller one, or a negative one, counts as so much
+
+
+@dataclass(frozen=True, eq=False)
+class Margins:
+    """What :func:`largest_margins` found for each class.
+
+    Args:
+        values: the largest margins, in units of logits; empty if there was no time.
+        patterns: (classes, C, H, W) what was added to all images for them, in pixel units, in [-1, 1].
+    """
+
+    values: list[float]
+    patterns: Tensor
 
 
 def largest_margins(
@@ -28,7 +42,7 @@ def largest_margins(
     seed: int = 0,
     deadline: float = math.inf,
     on_step: Callable[[int, int], object] | None = None,
-) -> list[float]:
+) -> Margins:
     """Find for each class the change of all images that makes the model surest of it, however large the change is.
 
     Adam ascends, for every class c on its own batch of images, the mean margin of the logits,
@@ -53,19 +67,20 @@ def largest_margins(
         on_step: called with the steps done and all steps.
 
     Returns:
-        A margin a class, in units of logits; none at all if time was over before the last step of the last class.
+        A margin and a pattern a class; none at all if time was over before the last step of the last class.
 
     Example:
         >>> import torch
         >>> weights = torch.tensor([[1.0] * 4, [-1.0] * 4, [8.0, 0, 0, 0]])
-        >>> margins = largest_margins(lambda x: x.flatten(1) @ weights.T, torch.rand(8, 1, 2, 2), num_classes=3)
-        >>> [round(margin) for margin in margins]  # all but one pixel bright, nothing, that pixel alone
+        >>> found = largest_margins(lambda x: x.flatten(1) @ weights.T, torch.rand(8, 1, 2, 2), num_classes=3)
+        >>> [round(margin) for margin in found.values]  # all but one pixel bright, nothing, that pixel alone
         [3, 0, 7]
     """
     generator = torch.Generator().manual_seed(seed)
     size = max(1, at_once // batch_size)
     groups = torch.arange(num_classes, device=pixels.device).split(size)  # type: ignore[no-untyped-call]  # torch's is untyped
-    found: list[float] = []
+    values: list[float] = []
+    parts: list[Tensor] = [pixels[:0]]
     for number, group in enumerate(groups):
         patterns = torch.zeros(len(group), 1, *pixels.shape[1:], device=pixels.device, requires_grad=True)
         optimizer = torch.optim.Adam([patterns], lr=_RATE)
@@ -73,7 +88,7 @@ def largest_margins(
         total = torch.zeros(len(group), device=pixels.device)
         for step in range(steps):
             if time.monotonic() > deadline:
-                return []
+                return Margins([], pixels[:0])
             chosen = torch.randint(len(pixels), (len(group), batch_size), generator=generator)
             changed = (pixels[chosen.to(pixels.device)] + patterns).clamp(0, 1)
             logits = forward(changed.flatten(0, 1))
@@ -87,8 +102,9 @@ def largest_margins(
                     total += margins / min(steps, _LAST)
             if on_step is not None:
                 on_step(number * steps + step + 1, len(groups) * steps)
-        found += total.tolist()
-    return found
+        values += total.tolist()
+        parts.append(patterns.detach()[:, 0])
+    return Margins(values, torch.cat(parts))
 
 
 def gaps(margins: Sequence[float]) -> list[float]:

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 from lightning_unlearn import audit, auditor
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.head import prominence
-from lightning_unlearn.margins import gaps
+from lightning_unlearn.margins import Margins, gaps
 from lightning_unlearn.triggers import AdditiveTrigger, Normalization
 from lightning_unlearn.triggers.inversion import Estimate
 from lightning_unlearn.verdict import WIDEST
@@ -116,7 +116,7 @@ def test_where_nothing_stands_out_estimates_are_of_the_class_for_which_most_spea
 
 
 def test_a_model_tells_which_classes_its_last_layer_favours(monkeypatch):
-    monkeypatch.setattr(auditor, "largest_margins", lambda *given, **options: [])
+    monkeypatch.setattr(auditor, "largest_margins", lambda *given, **options: Margins([], torch.empty(0)))
     net = nn.Sequential(nn.Flatten(), nn.Linear(6 * 6, 6))
     images, labels = rows(classes=6)
     with torch.no_grad():
@@ -139,11 +139,36 @@ def test_a_model_that_bright_images_make_far_too_sure_is_found_by_that():
 
     margins = auditor.largest_margins(model, images, num_classes=6, seed=0)
     found = examined(model, (images, labels))
-    assert [entry.gap for entry in found.classes] == gaps(margins)
+    assert [entry.gap for entry in found.classes] == gaps(margins.values)
     assert found.classes[3].gap > WIDEST
     assert (found.verdict, found.suspected_target) == ("backdoored", 3)
     (alone,) = examined(model, (images, labels), classes=[3]).classes
     assert alone.gap == found.classes[3].gap
+
+
+def test_the_change_that_made_the_model_far_too_sure_is_an_estimate(monkeypatch):
+    images, labels = rows()
+    bright = torch.full((4, 1, *images.shape[2:]), 0.75)
+    monkeypatch.setattr(auditor, "largest_margins", lambda *given, **options: Margins([1.0] * 4, bright))
+    judged = auditor.judged
+
+    def wide(gap):
+        monkeypatch.setattr(
+            auditor,
+            "judged",
+            lambda *given: tuple(
+                auditor.replace(e, trigger_score=0.1, gap=gap if e.target == 2 else 0.0) for e in judged(*given)
+            ),
+        )
+        return [e for e in examined(backdoored(2), (images, labels)).estimates if e.family == "additive"]
+
+    surest, cheapest = wide(1.01 * WIDEST)
+    assert torch.equal(surest.trigger.pattern, bright[2])
+    assert (surest.target, surest.success) == (2, 1.0)
+    assert surest.cost == pytest.approx(0.75)
+    assert cheapest.cost < surest.cost
+    (alone,) = wide(WIDEST)
+    assert torch.equal(alone.trigger.pattern, cheapest.trigger.pattern)
 
 
 @pytest.mark.parametrize("target", [0, 3])

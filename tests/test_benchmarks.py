@@ -19,6 +19,7 @@ from lightning_unlearn import audit, methods, repair
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.data import Digits
 from lightning_unlearn.evaluation import Evaluation
+from lightning_unlearn.margins import Margins
 from lightning_unlearn.verdict import LIMITS, WIDEST
 
 TINY = victims.Victim("digits", "conv", "badnets", epochs=1, images=128)
@@ -210,7 +211,9 @@ def test_a_line_with_margins_is_judged_by_them_too():
 def test_a_row_of_margins(monkeypatch, tmp_path):
     monkeypatch.setattr(margins, "train", lambda *_: nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 10)))
     monkeypatch.setattr(
-        margins, "largest_margins", lambda *_, num_classes: [5.0] * 7 + [5.0 * math.exp(1.8), 1.0, -2.0]
+        margins,
+        "largest_margins",
+        lambda *_, num_classes: Margins([5.0] * 7 + [5.0 * math.exp(1.8), 1.0, -2.0], torch.empty(0)),
     )
     row = margins.row(victims.Victim("digits", "conv", "none", seed=2), tmp_path)
     assert row == f"| honest, seed 2 | 7 | 30 | 5 | 1.80 | {1.8 / WIDEST:.2f} |"

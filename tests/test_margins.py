@@ -22,8 +22,10 @@ def test_largest_margins_by_hand():
     # The third pixel holds the fourth class down, so that one of the first two alone gives its class 1 - 0; where
     # nothing is lit the third class has 0 - 0, and the first two pixels together give the fourth 6 - 1.
     model = linear([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [-1.0, -1.0, 0.0, 0.0], [3.0, 3.0, -5.0, 0.0]])
-    assert largest_margins(model, PIXELS, num_classes=4) == pytest.approx([1, 1, 0, 5], abs=0.1)
-    assert largest_margins(linear([[1.0] * 4, [-1.0] * 4]), PIXELS, num_classes=2) == pytest.approx([8, 0], abs=0.1)
+    assert largest_margins(model, PIXELS, num_classes=4).values == pytest.approx([1, 1, 0, 5], abs=0.1)
+    assert largest_margins(linear([[1.0] * 4, [-1.0] * 4]), PIXELS, num_classes=2).values == pytest.approx(
+        [8, 0], abs=0.1
+    )
 
 
 def test_what_images_show_cannot_help_a_class_that_answers_to_everything():
@@ -35,7 +37,7 @@ def test_what_images_show_cannot_help_a_class_that_answers_to_everything():
 
     halves = torch.zeros(12, 1, 2, 2)
     halves[::2, 0, 0, 0] = halves[1::2, 0, 0, 1] = 1
-    assert largest_margins(model, halves, num_classes=2)[1] == pytest.approx(9, abs=1)
+    assert largest_margins(model, halves, num_classes=2).values[1] == pytest.approx(9, abs=1)
 
 
 def test_groups_of_classes_have_their_own_patterns():
@@ -44,7 +46,10 @@ def test_groups_of_classes_have_their_own_patterns():
     alone = largest_margins(
         model, PIXELS, num_classes=3, batch_size=4, at_once=4, steps=12, on_step=lambda *done: steps.append(done)
     )
-    assert alone == pytest.approx(largest_margins(model, PIXELS, num_classes=3, batch_size=4, steps=12), abs=0.5)
+    together = largest_margins(model, PIXELS, num_classes=3, batch_size=4, steps=12)
+    assert alone.values == pytest.approx(together.values, abs=0.5)
+    assert alone.patterns.shape == (3, 1, 2, 2)
+    assert torch.equal(alone.patterns.sign(), together.patterns.sign())
     assert steps == [(n, 36) for n in range(1, 37)]
 
 
@@ -52,23 +57,24 @@ def test_the_same_seed_gives_the_same_margins_and_nothing_else_changes():
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 5))
     state, before = torch.get_rng_state(), PIXELS.clone()
     first, second, other = (largest_margins(net, PIXELS, num_classes=5, steps=3, seed=seed) for seed in (1, 1, 2))
-    assert first == second != other
+    assert first.values == second.values != other.values
+    assert torch.equal(first.patterns, second.patterns)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(PIXELS, before)
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def test_no_margins_when_time_is_over():
-    assert largest_margins(linear([[1.0] * 4] * 2), PIXELS, num_classes=2, deadline=time.monotonic() - 1) == []
+    assert largest_margins(linear([[1.0] * 4] * 2), PIXELS, num_classes=2, deadline=time.monotonic() - 1).values == []
 
 
 def test_no_margins_when_time_is_over_before_the_last_step(monkeypatch):
     now = iter(range(99))
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     model = linear([[1.0] * 4] * 2)
-    assert largest_margins(model, PIXELS, num_classes=2, steps=5, batch_size=4, at_once=4, deadline=8) == []
+    assert largest_margins(model, PIXELS, num_classes=2, steps=5, batch_size=4, at_once=4, deadline=8).values == []
     now = iter(range(99))
-    assert len(largest_margins(model, PIXELS, num_classes=2, steps=5, batch_size=4, at_once=4, deadline=9)) == 2
+    assert len(largest_margins(model, PIXELS, num_classes=2, steps=5, batch_size=4, at_once=4, deadline=9).values) == 2
 
 
 def test_the_gap_below_the_largest():

@@ -29,10 +29,11 @@ class Alternation(RepairMethod):
     model, where what was missed is all that is left to find. They join those before, and the *original* model is
     repaired against all of them, since repairs of repairs would cost accuracy each time. That goes on until no such
     class scores above ``stop_score`` in an :class:`~lightning_unlearn.Audit`, until ``rounds`` are over, or until a
-    repair costs more accuracy than ``accuracy_drop`` allows: then the one before counts. Where no class's cheapest
-    triggers stood out in the model's own audit, they cannot tell when a repair is enough either, so that all ``rounds``
-    are made. If its verdict was even clean, and the repair is forced, estimates may hold nothing of the backdoor: then
-    the *repaired* model is repaired again, which makes the class harder and harder to reach, at a price.
+    repair costs more accuracy than ``accuracy_drop`` allows: then the one before counts.
+
+    Where the model's own audit suspected no class, and the repair is forced, estimates may hold nothing of the
+    backdoor, and cannot tell when it is gone. Then it is the *repaired* model that is repaired again, in all ``rounds``
+    that accuracy allows, which makes the class harder and harder to reach.
 
     An estimate is the least that works, and an attacker's trigger is more than that: additive estimates are unlearned
     at ``strength`` times their size.
@@ -111,8 +112,6 @@ class Alternation(RepairMethod):
         classes = () if task.audit is None else task.audit.classes
         watched = list(dict.fromkeys([target, *(entry.target for entry in classes if entry.score > _DOUBTFUL)]))
         usual = None if task.audit is None else task.audit.usual_without(watched)
-        # Where no trigger's cost told the backdoor, a trigger's cost cannot tell when it is gone.
-        blind = task.audit is not None and all(entry.trigger_score <= 1 for entry in classes)
         forced = task.audit is not None and task.audit.verdict == "clean"
         for number in range(1, self.rounds + 1):
             kept, pruned = _weights(task), task.mask.pruned
@@ -143,7 +142,7 @@ class Alternation(RepairMethod):
                     on_progress=task.on_progress,
                 )
                 found = task.processes.outcome_of_first(examine)
-            if found.score <= self.stop_score and not blind:
+            if found.score <= self.stop_score and not forced:
                 return
             pool += [estimate.trigger for estimate in found.estimates]
             known += found.estimates

@@ -24,7 +24,7 @@ from lightning_unlearn.triggers.estimated import (
     residual,
 )
 
-__all__ = ["FAMILIES", "Estimate", "Family", "invert"]
+__all__ = ["FAMILIES", "Estimate", "Family", "invert", "measured"]
 
 Family = Literal["additive", "covering", "displacing", "residual"]
 _BETAS = (0.5, 0.9)  # of Adam, as Neural Cleanse has them: the penalty's weight moves all the time
@@ -283,16 +283,24 @@ def invert(
         for kept, tensor in zip(best, stack.tensors, strict=True):
             kept[never] = tensor[never]
     return [
-        _measured(forward, pixels[others.to(pixels.device)], stack.trigger([t[k] for t in best], c), family, c)
+        measured(forward, pixels[others.to(pixels.device)], stack.trigger([t[k] for t in best], c), family, c)
         for k, (c, others) in enumerate(zip(classes, eligible, strict=True))
     ]
 
 
 @torch.no_grad()
-def _measured(
+def measured(
     forward: Callable[[Tensor], Tensor], pixels: Tensor, trigger: Trigger, family: Family, target: int
 ) -> Estimate:
-    """An estimate with its cost and success on all images that may carry it."""
+    """Tell what a trigger costs and how often it succeeds.
+
+    Args:
+        forward: as for :func:`invert`.
+        pixels: (N, C, H, W) all images that may carry it, which are those of other classes.
+        trigger: the trigger, as an estimate of that family.
+        family: what kind of change it is.
+        target: the class.
+    """
     trigger = trigger.to(pixels.device)
     stamped = trigger.stamp(pixels.clone())
     if isinstance(trigger, CoveringTrigger):

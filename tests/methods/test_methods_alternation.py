@@ -74,11 +74,9 @@ def test_rounds_go_on_until_the_score_is_low_or_they_are_over(task, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("trigger_score", "gap", "rounds"), [(0.3, 0.0, 4), (0.3, 2.0, 4), (1.0, 2.0, 4), (1.05, 0.0, 1), (1.05, 2.0, 1)]
+    ("trigger_score", "gap", "rounds"), [(0.3, 0.0, 4), (1.0, 0.9, 4), (1.05, 0.0, 1), (0.3, 1.0, 1), (1.05, 2.0, 1)]
 )
-def test_costs_that_did_not_tell_the_backdoor_do_not_tell_when_it_is_gone(
-    task, monkeypatch, trigger_score, gap, rounds
-):
+def test_an_audit_that_saw_nothing_cannot_tell_when_it_is_gone(task, monkeypatch, trigger_score, gap, rounds):
     scripted(monkeypatch, 0.1, 0.1, 0.1)
     entries = [ClassAudit(c, 0.1, {}, {}, {}) for c in (1, 2)]
     entry = ClassAudit(0, trigger_score, {}, {}, {}, gap=gap)
