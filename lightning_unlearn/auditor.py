@@ -241,8 +241,9 @@ class Auditor:
         estimates: tuple[Estimate, ...] = ()
         for k in [worst, *(k for k in order[1:] if entries[k].score > 1)]:
             own = [of[k] for of in found.values()]
-            if entries[k].gap > WIDEST:
+            if entries[k].trigger_score <= 1 and entries[k].gap > WIDEST:
                 c = wanted[k]
+                # It hides much of the image, which costs accuracy, so that it is not used where the others tell enough.
                 # First, since who starts from earlier estimates wants the cheapest, which is the last of a family.
                 surest = AdditiveTrigger(margins.patterns[c], target=c)
                 own = [measured(on_pixels, pixels[known != c], surest, "additive", c), *own]

@@ -152,23 +152,25 @@ def test_the_change_that_made_the_model_far_too_sure_is_an_estimate(monkeypatch)
     monkeypatch.setattr(auditor, "largest_margins", lambda *given, **options: Margins([1.0] * 4, bright))
     judged = auditor.judged
 
-    def wide(gap):
+    def wide(gap, trigger_score):
         monkeypatch.setattr(
             auditor,
             "judged",
             lambda *given: tuple(
-                auditor.replace(e, trigger_score=0.1, gap=gap if e.target == 2 else 0.0) for e in judged(*given)
+                auditor.replace(e, trigger_score=trigger_score, gap=gap if e.target == 2 else 0.0)
+                for e in judged(*given)
             ),
         )
         return [e for e in examined(backdoored(2), (images, labels)).estimates if e.family == "additive"]
 
-    surest, cheapest = wide(1.01 * WIDEST)
+    surest, cheapest = wide(1.01 * WIDEST, 1.0)
     assert torch.equal(surest.trigger.pattern, bright[2])
     assert (surest.target, surest.success) == (2, 1.0)
     assert surest.cost == pytest.approx(0.75)
     assert cheapest.cost < surest.cost
-    (alone,) = wide(WIDEST)
-    assert torch.equal(alone.trigger.pattern, cheapest.trigger.pattern)
+    for gap, trigger_score in ((WIDEST, 1.0), (1.01 * WIDEST, 1.01)):  # nothing told, and the costs told, too
+        (alone,) = wide(gap, trigger_score)
+        assert torch.equal(alone.trigger.pattern, cheapest.trigger.pattern)
 
 
 @pytest.mark.parametrize("target", [0, 3])
