@@ -153,13 +153,12 @@ def test_the_change_that_made_the_model_far_too_sure_is_an_estimate(monkeypatch)
     judged = auditor.judged
 
     def wide(gap, trigger_score):
+        of = {2: {"trigger_score": trigger_score, "gap": gap}}
+        others = {"trigger_score": 0.1, "gap": 0.0}
         monkeypatch.setattr(
             auditor,
             "judged",
-            lambda *given: tuple(
-                auditor.replace(e, trigger_score=trigger_score, gap=gap if e.target == 2 else 0.0)
-                for e in judged(*given)
-            ),
+            lambda *given: tuple(auditor.replace(e, **of.get(e.target, others)) for e in judged(*given)),
         )
         return [e for e in examined(backdoored(2), (images, labels)).estimates if e.family == "additive"]
 
