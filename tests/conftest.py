@@ -23,6 +23,7 @@ from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.methods import RepairMethod, RepairTask, Round
 from lightning_unlearn.repair import repair_split
 from lightning_unlearn.triggers import PatchTrigger, Trigger
+from tests.callback_fits import fit, parts  # noqa: F401 - fixtures
 from tests.small_fits import Setting
 
 
