@@ -17,15 +17,13 @@ from lightning_unlearn.triggers import AdditiveTrigger, Trigger, TriggerPool
 
 __all__ = ["Alternation"]
 
-_DOUBTFUL = 0.8  # a class with a higher score is audited again after each repair, though only above 1 repaired
-
 
 class Alternation(RepairMethod):
     """Repair against estimated triggers with another method, as often as cheap triggers come up.
 
     An inversion finds *one* answer to what sends everything to the target; the attacker's trigger may be another one.
     So the task's trigger, an estimate, is unlearned by ``method``, together with those of other classes that the audit
-    suspects; then triggers of these classes, and of others that it nearly suspects, are estimated anew on the repaired
+    suspects; then triggers of these classes, and of others above ``stop_score``, are estimated anew on the repaired
     model, where what was missed is all that is left to find. They join those before, and the *original* model is
     repaired against all of them, since repairs of repairs would cost accuracy each time. That goes on until no such
     class scores above ``stop_score`` in an :class:`~lightning_unlearn.Audit`, until ``rounds`` are over, or until a
@@ -45,8 +43,8 @@ class Alternation(RepairMethod):
         auditor: how to estimate.
         rounds: most repairs.
         strength: factor of additive estimates, at least 1.
-        stop_score: the score up to which a class has been repaired enough. Lower than the 1 from which a model is
-            suspicious, since a known backdoor must be gone, where an honest model must be left alone.
+        stop_score: the score up to which a class needs no repair, or no more of it. Lower than the 1 from which a model
+            is suspicious, since a known backdoor must be gone, where an honest model must be left alone.
         accuracy_drop: α, the most accuracy that a repair may cost, on all clean images held, in (0, 1].
         warm_start: estimate anew from what was estimated before instead of from random values; whether that helps is
             not known.
@@ -110,7 +108,7 @@ class Alternation(RepairMethod):
         pool = _members(task.trigger) + [estimate.trigger for estimate in known if estimate.target != target]
         # A model may have several backdoors, of which one makes the others stand out less.
         classes = () if task.audit is None else task.audit.classes
-        watched = list(dict.fromkeys([target, *(entry.target for entry in classes if entry.score > _DOUBTFUL)]))
+        watched = list(dict.fromkeys([target, *(entry.target for entry in classes if entry.score > self.stop_score)]))
         usual = None if task.audit is None else task.audit.usual_without(watched)
         forced = task.audit is not None and task.audit.verdict == "clean"
         for number in range(1, self.rounds + 1):

@@ -239,7 +239,7 @@ def test_two_backdoors_are_both_removed():
         assert torch.equal(net(trigger(images)).argmax(1), labels)
 
 
-@pytest.mark.parametrize(("score", "again"), [(0.8, [0]), (0.81, [0, 2]), (2.0, [0, 2])])
+@pytest.mark.parametrize(("score", "again"), [(0.6, [0]), (0.61, [0, 2]), (2.0, [0, 2])])
 def test_what_is_audited_again(task, monkeypatch, score, again):
     calls = scripted(monkeypatch, 0.5)
     costs = (0.1, 0.4, 0.2)
