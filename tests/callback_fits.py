@@ -7,14 +7,14 @@ from typing import Any
 
 import lightning.pytorch as L  # noqa: N812 - the usual name
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual name
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_unlearn import BackdoorUnlearning, HoldoutDataModule
 from lightning_unlearn.methods import GradPrune, RepairMethod
 from lightning_unlearn.triggers import Trigger
+from tests import small_fits
 
 __all__ = ["AFTER", "BACKDOOR", "BEFORE", "Loaders", "Model", "Steps", "files", "fit", "parts", "quick"]
 
@@ -23,23 +23,12 @@ BEFORE, AFTER = {"acc": 1.0, "asr": 1.0, "ra": 0.0}, {"acc": 1.0, "asr": 0.0, "r
 BACKDOOR = {"net.0": [3]}
 
 
-class Model(L.LightningModule):
-    """A net as a LightningModule; with the default learning rate training leaves it as it is."""
-
-    def __init__(self, net: nn.Module, learning_rate: float = 0.0) -> None:
-        super().__init__()
-        self.net = net.train()
-        self.learning_rate = learning_rate
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
+class Model(small_fits.Model):
+    """It also takes batches that are dicts; with the default learning rate training leaves it as it is."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = (batch["image"], batch["label"]) if isinstance(batch, dict) else batch
         return F.cross_entropy(self.net(images), labels)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
 
 
 class Loaders(L.LightningDataModule):

@@ -43,19 +43,6 @@ def state(net):
 
 
 @pytest.fixture
-def new_task(make_net, make_clean, make_task):
-    def new(name="vgg", **options):
-        net = make_net(name, seed=1)
-        with torch.no_grad():  # or untrained nets would answer much the same to everything
-            net[-1].weight.mul_(20)
-        task = make_task(net, make_clean(8), PatchTrigger(size=5, target=1), **options)
-        task.original = copy.deepcopy(task.model)
-        return task
-
-    return new
-
-
-@pytest.fixture
 def masks_of(monkeypatch):
     """What was learned, instead of what is pruned after it; ``task.states`` are the weights after every round."""
 
