@@ -13,6 +13,7 @@ from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.mask_prune import MaskPrune
+from lightning_unlearn.methods.snapshot import Snapshot
 from lightning_unlearn.triggers import AdditiveTrigger, Trigger, TriggerPool
 
 __all__ = ["Alternation"]
@@ -97,7 +98,7 @@ class Alternation(RepairMethod):
 
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Repair and estimate in turn."""
-        original, steps = _weights(task), task.mask.steps
+        original = _Moment(task)
         target, floor = task.trigger.target, task.measure().acc - self.accuracy_drop - 1e-6
         if not isinstance(target, int):
             raise ValueError(
@@ -112,16 +113,15 @@ class Alternation(RepairMethod):
         usual = None if task.audit is None else task.audit.usual_without(watched)
         forced = task.audit is not None and task.audit.verdict == "clean"
         for number in range(1, self.rounds + 1):
-            kept, pruned = _weights(task), task.mask.pruned
+            kept = original if number == 1 else _Moment(task)
             if not forced:
-                _put_back(task, original, steps)
+                original.put_back()
             stage = self._task(task, pool)
             yield from self.method.repair(stage)
             task.rounds = stage.rounds
             if task.measure().acc < floor:
-                _put_back(task, original, steps)
-                task.mask.prune([filter_id for filter_id in pruned if filter_id not in task.mask.pruned])
-                _put_back(task, kept, task.mask.steps)
+                original.put_back()  # so that undoing the mask goes back to its filters
+                kept.put_back()
                 return
             if number == self.rounds:
                 return
@@ -168,6 +168,20 @@ class Alternation(RepairMethod):
         return trigger
 
 
+class _Moment:
+    """A task's weights and mask as they are now, to go back to from whatever repairs have made of them since."""
+
+    def __init__(self, task: RepairTask) -> None:
+        self.mask, self.pruned = task.mask, task.mask.pruned
+        # All of them, since methods that fine-tune change more than a mask can undo.
+        self.weights = Snapshot([*task.model.parameters(), *task.model.buffers()])
+
+    def put_back(self) -> None:
+        self.mask.undo(self.mask.steps)
+        self.mask.prune(self.pruned)
+        self.weights.put_back()
+
+
 class _Dealt(TriggerPool):
     """Triggers of several classes, dealt out over a batch, whose images and labels must be given in the same order."""
 
@@ -186,20 +200,3 @@ def _members(trigger: Trigger) -> list[Trigger]:
     if isinstance(trigger, TriggerPool):
         return [member for member in trigger.triggers if isinstance(member, Trigger)]
     return [trigger]
-
-
-def _weights(task: RepairTask) -> list[Tensor]:
-    """A copy of all, since methods that fine-tune change more than the mask can undo."""
-    return [tensor.detach().clone() for tensor in _tensors(task)]
-
-
-@torch.no_grad()
-def _put_back(task: RepairTask, weights: list[Tensor], steps: int) -> None:
-    """Undo the mask to ``steps``, and put weights back that were copied with as many."""
-    task.mask.undo(task.mask.steps - steps)
-    for tensor, before in zip(_tensors(task), weights, strict=True):
-        tensor.copy_(before)
-
-
-def _tensors(task: RepairTask) -> list[Tensor]:
-    return [*task.model.parameters(), *task.model.buffers()]

@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.fine_tuning import FineTuning
+from lightning_unlearn.methods.snapshot import Snapshot
 from lightning_unlearn.methods.training import train_epochs
 
 __all__ = ["NeuralAttentionDistillation"]
@@ -90,12 +91,11 @@ class NeuralAttentionDistillation(RepairMethod):
         """Train the teacher, store its maps, and train the victim towards them; both in rounds of fine-tuning."""
         places = _find_places(task, len(self.betas))
         betas = self.betas[-len(places) :]
-        state: list[Tensor] = [*task.model.parameters(), *task.model.buffers()]
-        victim = [tensor.detach().clone() for tensor in state]
+        victim = Snapshot([*task.model.parameters(), *task.model.buffers()])
         yield from self.teacher.repair(task)
         with torch.no_grad():
             wanted = _teach(task, places)
-            torch._foreach_copy_(state, victim)
+        victim.put_back()
 
         parameters = [p for p in task.model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)

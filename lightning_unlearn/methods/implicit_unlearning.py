@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
+from lightning_unlearn.methods.snapshot import Snapshot
 from lightning_unlearn.methods.training import batches
 
 __all__ = ["ImplicitBackdoorUnlearning", "PixelRange", "hypergradient", "slope_of"]
@@ -103,7 +104,7 @@ class ImplicitBackdoorUnlearning(RepairMethod):
         optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
         unit = PixelRange.of(task.scoring.clean).unit
         floor = task.before.acc - self.accuracy_drop - 1e-6  # accuracies come as float32
-        kept = [parameter.detach().clone() for parameter in parameters]
+        kept = Snapshot(parameters)
         generator = task.generator()
         with task.mask.held(optimizer):
             for _ in range(self.rounds):
@@ -113,10 +114,9 @@ class ImplicitBackdoorUnlearning(RepairMethod):
                         self._descend(task, task.scoring[chosen], unit, delta, optimizer, parameters)
                 now = task.validate()
                 if isfinite(now.loss) and now.acc >= floor:
-                    torch._foreach_copy_(kept, [parameter.detach() for parameter in parameters])
+                    kept.renew()
                 yield task.round("finetune", now)
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, kept)
+        kept.put_back()
         for parameter in parameters:
             parameter.grad = None
 

@@ -13,6 +13,7 @@ from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.methods.affine import gradient_of, refuse_without_gammas, scaled_affine
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
+from lightning_unlearn.methods.snapshot import Snapshot
 from lightning_unlearn.methods.threshold import prune_below_threshold
 from lightning_unlearn.methods.training import batches
 
@@ -157,11 +158,10 @@ def _cross_entropy(task: RepairTask, pairs: Pairs) -> Tensor:
 @contextmanager
 def _restored(parameters: list[Tensor]) -> Iterator[None]:
     """Give parameters back the values that they had, and no gradients, whatever happened to them meanwhile."""
-    before = [parameter.detach().clone() for parameter in parameters]
+    before = Snapshot(parameters)
     try:
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, before)
+        before.put_back()
         for parameter in parameters:
             parameter.grad = None

@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
+from lightning_unlearn.methods.snapshot import Snapshot
 from lightning_unlearn.methods.training import train_epochs
 
 __all__ = ["SharpnessAwareFineTuning"]
@@ -108,7 +109,7 @@ class SharpnessAwareFineTuning(RepairMethod):
 def _at_worst_neighbour(parameters: Sequence[Tensor], rho: float) -> Iterator[None]:
     """Move parameters by ε, made of their gradients, within the ``with`` block, and back bit for bit."""
     moved = [p for p in parameters if p.grad is not None]
-    before = [p.detach().clone() for p in moved]
+    before = Snapshot(moved)
     try:
         with torch.no_grad():
             pulls = [p.grad * p.abs() for p in moved if p.grad is not None]
@@ -119,8 +120,7 @@ def _at_worst_neighbour(parameters: Sequence[Tensor], rho: float) -> Iterator[No
                 p.add_((pull.float() * p.abs() * length.to(p.device)).to(p.dtype))
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(moved, before)
+        before.put_back()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_unlearn.evaluation import Evaluation
 from lightning_unlearn.methods.base import RepairTask, Round
+from lightning_unlearn.methods.snapshot import Snapshot
 from lightning_unlearn.processes import Processes
 
 __all__ = ["Norms", "batches", "train_epochs"]
@@ -61,7 +62,7 @@ def train_epochs(
     state: list[Tensor] = [p for p in task.model.parameters() if p.is_floating_point()]
     if norms == "trained":
         state += task.model.buffers()
-    kept = [tensor.detach().clone() for tensor in state]
+    kept = Snapshot(state)
     kept_epoch, lowest = 0, loss(task.validate()) if patience else float("inf")
     floor = task.before.acc - accuracy_drop - 1e-6  # accuracies come as float32
     schedule = None if patience else torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(max_epochs, 1))
@@ -83,10 +84,9 @@ def train_epochs(
             # do not reach the loss: a running variance of infinity turns a channel into a constant.
             if loss(now) < lowest and now.acc >= floor and _finite(state):
                 kept_epoch, lowest = epoch, loss(now) if patience else lowest
-                torch._foreach_copy_(kept, [tensor.detach() for tensor in state])
+                kept.renew()
             yield task.round("finetune", now)
-    with torch.no_grad():
-        torch._foreach_copy_(state, kept)
+    kept.put_back()
     for parameter in task.model.parameters():
         parameter.grad = None
 
