@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -30,7 +31,7 @@ from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.methods import RepairMethod
-from lightning_unlearn.methods.base import check_range
+from lightning_unlearn.plan import RepairPlan, check_trigger
 from lightning_unlearn.processes import Processes
 from lightning_unlearn.repair import refuse_missing_classes
 from lightning_unlearn.report import Report
@@ -125,23 +126,12 @@ class BackdoorUnlearning(Callback):
         min_asr: float = 0.1,
     ) -> None:
         trigger = None if trigger == "auto" else trigger
-        for name, given in (("trigger", trigger), ("evaluation_trigger", evaluation_trigger)):
-            if given is not None and not isinstance(given, Trigger):
-                raise TypeError(
-                    f"{name}: expected a lightning_unlearn.triggers.Trigger, but got {type(given).__name__}; "
-                    "wrap a function in FunctionTrigger."
-                )
+        check_trigger("evaluation_trigger", evaluation_trigger)
         if trigger is not None and evaluation_trigger is not None:
             raise ValueError(
                 "evaluation_trigger: it is for an unknown trigger, but `trigger` is given, too, and is what rates are "
                 "measured with; leave one of them out."
             )
-        if method is not None and not isinstance(method, RepairMethod):
-            raise TypeError(
-                f"method: expected a lightning_unlearn.methods.RepairMethod, but got {type(method).__name__}."
-            )
-        if auditor is not None and not isinstance(auditor, Auditor):
-            raise TypeError(f"auditor: expected a lightning_unlearn.auditor.Auditor, but got {type(auditor).__name__}.")
         if not isinstance(clean_data, (LightningDataModule, Dataset, DataLoader)):
             raise TypeError(
                 "clean_data: expected a LightningDataModule of lightning.pytorch (not of pytorch_lightning), a Dataset "
@@ -149,8 +139,6 @@ class BackdoorUnlearning(Callback):
             )
         if source not in ("last", "best"):
             raise ValueError(f"source: expected 'last' or 'best', but got {source!r}.")
-        check_range("batch_size", batch_size, 1, float("inf"))
-        check_range("min_asr", min_asr, 0, 1)
         self.clean_data = clean_data
         self.trigger = trigger
         self.evaluation_trigger = evaluation_trigger
@@ -165,6 +153,7 @@ class BackdoorUnlearning(Callback):
         self.batch_size = batch_size
         self.force = force
         self.min_asr = min_asr
+        self.plan()  # refuses now what it would refuse after training
         self.report: Report | None = None
         self._repaired = False
         self.found: Audit | None = None  # whose estimates the latest repair was about, if nobody knew the trigger
@@ -398,17 +387,7 @@ class BackdoorUnlearning(Callback):
         """
         refuse_strategy(trainer)
         with self._session(trainer, module) as session:
-            result, report = session.repair(
-                trigger=self.trigger,
-                evaluation_trigger=self.evaluation_trigger,
-                method=self.method,
-                seed=self.seed,
-                batch_size=self.batch_size,
-                force=self.force,
-                min_asr=self.min_asr,
-                auditor=self.auditor,
-                held=self._held,
-            )
+            result, report = session.repair(self.plan(), evaluation_trigger=self.evaluation_trigger, held=self._held)
         self._mask, self._held = result.mask.state_dict(), result.mask
         self.found = None if result.status == "clean" else result.audit
         return report
@@ -425,6 +404,10 @@ class BackdoorUnlearning(Callback):
         """
         with self._session(trainer, module) as session:
             return session.audit(self.auditor or Auditor(seed=self.seed))
+
+    def plan(self) -> RepairPlan:
+        """What a repair is to do."""
+        return RepairPlan(**{field.name: getattr(self, field.name) for field in fields(RepairPlan)})
 
     @contextmanager
     def _session(self, trainer: Trainer, module: LightningModule) -> Iterator[Session]:

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as L  # noqa: N812 - the usual name
@@ -192,14 +193,10 @@ def _compare(
         return compare_split(
             model,
             Split(clean.scoring(), clean.validation()),
-            trigger=trigger,
+            replace(unlearning.plan(), trigger=trigger),
             methods=methods,
             test=(lambda num_classes: clean.test(trigger, num_classes)) if clean.has_test else None,
             samples_per_class=clean.holdout.samples_per_class,
-            seed=unlearning.seed,
-            batch_size=unlearning.batch_size,
-            force=unlearning.force,
-            min_asr=unlearning.min_asr,
             forward=lambda images: unlearning.logits(model, images),
             on_entry=on_entry,
             on_round=show,

@@ -20,6 +20,7 @@ from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.intact import intact
 from lightning_unlearn.methods import RepairMethod, RepairTask, Round
 from lightning_unlearn.metrics.functional import defense_effectiveness_rating
+from lightning_unlearn.plan import RepairPlan
 from lightning_unlearn.repair import Split, repair_split
 from lightning_unlearn.report import Report
 from lightning_unlearn.roster import arguments_of, default_methods, method_labels, refuse_no_methods
@@ -88,8 +89,9 @@ def compare(
         >>> sorted(entry.method for entry in done.ranked)
         ['FineTuning', 'GradPrune']
     """
-    if not isinstance(trigger, Trigger):
-        raise TypeError(f"trigger: expected a lightning_unlearn.triggers.Trigger, but got {type(trigger).__name__}.")
+    if trigger is None:
+        raise TypeError("trigger: expected a lightning_unlearn.triggers.Trigger to measure by, but got NoneType.")
+    plan = RepairPlan(trigger=trigger, seed=seed, batch_size=batch_size, force=force, min_asr=min_asr)
     holdout = split_holdout(
         labels_of(dataset),
         samples_per_class=samples_per_class,
@@ -113,14 +115,10 @@ def compare(
     return compare_split(
         model,
         Split((scoring[0], scoring[1]), (validation[0], validation[1])),
-        trigger=trigger,
+        replace(plan, trigger=trigger),
         methods=methods,
         test=None if test is None else stamped,
         samples_per_class=samples_per_class,
-        seed=seed,
-        batch_size=batch_size,
-        force=force,
-        min_asr=min_asr,
         on_entry=on_entry,
     )
 
@@ -128,15 +126,11 @@ def compare(
 def compare_split(
     model: nn.Module,
     split: Split,
+    plan: RepairPlan,
     *,
-    trigger: Trigger,
     methods: Sequence[RepairMethod] | None = None,
     test: Callable[[int], Iterable[Pairs]] | None = None,
     samples_per_class: int | None = None,
-    seed: int = 0,
-    batch_size: int = 128,
-    force: bool = False,
-    min_asr: float = 0.1,
     forward: Callable[[Tensor], Tensor] | None = None,
     on_entry: Callable[[Comparison], object] | None = None,
     on_round: Callable[[Round], object] | None = None,
@@ -146,14 +140,10 @@ def compare_split(
     Args:
         model: as for :func:`compare`.
         split: the clean images, as the model takes them.
-        trigger: as for :func:`compare`, told the images' normalisation if there is one.
+        plan: what every method is to do; its trigger must have been told the images' normalisation if there is one.
         methods: as for :func:`compare`.
         test: takes the number of classes and gives batches of test pairs, on the model's device, anew at each call.
         samples_per_class: SPC, for the reports.
-        seed: seed of every method.
-        batch_size: as for :func:`compare`.
-        force: as for :func:`compare`.
-        min_asr: as for :func:`compare`.
         forward: how to get logits from images; the model itself by default.
         on_entry: as for :func:`compare`.
         on_round: called with every :class:`Round` of every method.
@@ -164,6 +154,9 @@ def compare_split(
     Raises:
         ValueError: as for :func:`compare`.
     """
+    trigger = plan.trigger
+    if trigger is None:
+        raise ValueError("plan: it needs a trigger, by which every method is measured.")
     methods = default_methods() if methods is None else list(methods)
     refuse_no_methods(methods)
     labels = method_labels(methods)
@@ -175,16 +168,12 @@ def compare_split(
         repair_split(
             model,
             split,
-            trigger=trigger,
-            method=baseline,
-            seed=seed,
-            batch_size=batch_size,
-            force=True,
+            replace(plan, method=baseline, force=True),
             forward=forward,
         )
 
         def measure() -> tuple[Evaluation, Evaluation | None]:
-            pairs = (batch for part in baseline.parts for batch in part.batches(batch_size))
+            pairs = (batch for part in baseline.parts for batch in part.batches(plan.batch_size))
             return evaluate(forward, pairs), None if test is None else evaluate(forward, test(baseline.num_classes))
 
         held_before, test_before = measure()
@@ -192,7 +181,7 @@ def compare_split(
             trigger=type(trigger).__name__,
             target=trigger.target,
             samples_per_class=samples_per_class,
-            seed=seed,
+            seed=plan.seed,
             measured_on="validation" if test is None else "test",
             before=(test_before or baseline.before).rates(),
             held_before=_held(held_before, held_before),
@@ -206,18 +195,13 @@ def compare_split(
                     result = repair_split(
                         model,
                         split,
-                        trigger=trigger,
-                        method=method,
-                        seed=seed,
-                        batch_size=batch_size,
-                        force=force,
-                        min_asr=min_asr,
+                        replace(plan, method=method),
                         forward=forward,
                         on_round=on_round,
                     )
                     held, after = measure()
                     both = None if test_before is None or after is None else (test_before, after)
-                    report = Report.of(result, trigger, samples_per_class=samples_per_class, seed=seed, test=both)
+                    report = Report.of(result, trigger, samples_per_class=samples_per_class, seed=plan.seed, test=both)
                     entry = replace(
                         entry, seconds=report.seconds["total"], report=report, held=_held(held_before, held)
                     )

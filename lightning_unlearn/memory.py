@@ -6,15 +6,19 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
-from inspect import signature
-from typing import ParamSpec, TypeVar, cast
+from dataclasses import replace
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
+
+from lightning_unlearn.plan import RepairPlan
 
 __all__ = ["is_out_of_memory", "tries_smaller_batches"]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_Model = TypeVar("_Model")
+_Images = TypeVar("_Images")
 _MESSAGES = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
@@ -30,8 +34,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_MESSAGES.search(str(error))))
 
 
-def tries_smaller_batches(run: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Run a function once more with half of its ``batch_size`` when memory runs out.
+def tries_smaller_batches(
+    run: Callable[Concatenate[_Model, _Images, RepairPlan, _P], _T],
+) -> Callable[Concatenate[_Model, _Images, RepairPlan, _P], _T]:
+    """Run a function of a model, images and a plan once more with half of its ``batch_size`` when memory runs out.
 
     The function must leave everything as it was when it raises. With several processes there is no second try: the
     others would still be in the first.
@@ -39,14 +45,13 @@ def tries_smaller_batches(run: Callable[_P, _T]) -> Callable[_P, _T]:
     Raises:
         MemoryError: if there is no second try or it fails in the same way.
     """
-    default = signature(run).parameters["batch_size"].default
 
     @functools.wraps(run)
-    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+    def wrapped(model: _Model, images: _Images, plan: RepairPlan, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         def attempt(size: int) -> _T:
-            return run(*args, **{**kwargs, "batch_size": size})  # type: ignore[arg-type]  # as it was given
+            return run(model, images, replace(plan, batch_size=size), *args, **kwargs)
 
-        size = cast(int, kwargs.get("batch_size", default))
+        size = plan.batch_size
         if size > 1 and not _several_processes():
             try:
                 return attempt(size)

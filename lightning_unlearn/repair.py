@@ -18,7 +18,7 @@ from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.memory import tries_smaller_batches
 from lightning_unlearn.methods import Alternation, MaskPrune, RepairMethod, RepairTask, Round, Stopwatch
-from lightning_unlearn.methods.base import check_range
+from lightning_unlearn.plan import RepairPlan
 from lightning_unlearn.processes import ALONE, Processes
 from lightning_unlearn.triggers import Normalization, Trigger
 from lightning_unlearn.verdict import Audit
@@ -141,11 +141,15 @@ def repair(
         >>> len(result.rounds), len(result.rounds[0].pruned), len(result.scoring_images)
         (1, 1, 18)
     """
-    if trigger is not None and not isinstance(trigger, Trigger):
-        raise TypeError(
-            f"trigger: expected a lightning_unlearn.triggers.Trigger, but got {type(trigger).__name__}; wrap a "
-            "function of your own in FunctionTrigger."
-        )
+    plan = RepairPlan(
+        trigger=trigger,
+        method=method,
+        seed=seed,
+        batch_size=batch_size,
+        force=force,
+        min_asr=min_asr,
+        auditor=auditor,
+    )
     draw = Draw.of(
         dataset,
         lambda images: _predicted(model, images),
@@ -156,20 +160,9 @@ def repair(
     )
     normalization = draw.normalization
     if trigger is not None and trigger.normalization is None and normalization is not None:
-        trigger = trigger.normalized(normalization)
+        plan = replace(plan, trigger=trigger.normalized(normalization))
     result = repair_split(
-        model,
-        draw.split,
-        trigger=trigger,
-        normalization=normalization,
-        method=method,
-        seed=seed,
-        batch_size=batch_size,
-        force=force,
-        min_asr=min_asr,
-        auditor=auditor,
-        on_round=on_round,
-        on_progress=on_progress,
+        model, draw.split, plan, normalization=normalization, on_round=on_round, on_progress=on_progress
     )
     return result if result.audit is None else replace(result, audit=replace(result.audit, labels=draw.labels))
 
@@ -178,15 +171,9 @@ def repair(
 def repair_split(
     model: nn.Module,
     split: Split,
+    plan: RepairPlan,
     *,
-    trigger: Trigger | None = None,
     normalization: Normalization | None = None,
-    method: RepairMethod | None = None,
-    seed: int = 0,
-    batch_size: int = 128,
-    force: bool = False,
-    min_asr: float = 0.1,
-    auditor: Auditor | None = None,
     forward: Callable[[Tensor], Tensor] | None = None,
     on_round: Callable[[Round], object] | None = None,
     on_progress: Progress | None = None,
@@ -197,14 +184,8 @@ def repair_split(
     Args:
         model: as for :func:`repair`.
         split: the clean images, as the model takes them.
-        trigger: as for :func:`repair`, told the images' normalisation if there is one.
+        plan: what to do; its trigger must have been told the images' normalisation if there is one.
         normalization: how the images are normalised; only needed where no trigger is given.
-        method: as for :func:`repair`.
-        seed: as for :func:`repair`.
-        batch_size: as for :func:`repair`.
-        force: as for :func:`repair`.
-        min_asr: as for :func:`repair`.
-        auditor: as for :func:`repair`.
         forward: how to get logits from images; the model itself by default.
         on_round: as for :func:`repair`.
         on_progress: as for :func:`repair`.
@@ -217,12 +198,9 @@ def repair_split(
         ValueError: as for :func:`repair`.
         RuntimeError: if the clean images of the processes, or what they prune, differ.
     """
-    if method is not None and not isinstance(method, RepairMethod):
-        raise TypeError(f"method: expected a lightning_unlearn.methods.RepairMethod, but got {type(method).__name__}.")
-    check_range("batch_size", batch_size, 1, float("inf"))
-    check_range("min_asr", min_asr, 0, 1)
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper shares the parameters of what it wraps
     forward = forward or model
+    trigger, method, auditor = plan.trigger, plan.method, plan.auditor or Auditor(seed=plan.seed)
     watch, rounds = Stopwatch(), []
     with intact(model) as original, watch.measure("total"):
         labels = [part[1].tolist() for part in (split.scoring, split.validation)]
@@ -241,12 +219,12 @@ def repair_split(
         if trigger is None:
             with watch.measure("estimate"):
                 audit = processes.outcome_of_first(
-                    lambda: _audit(auditor or Auditor(seed=seed), forward, model, parts, normalization, on_progress)
+                    lambda: _audit(auditor, forward, model, parts, normalization, on_progress)
                 )
             trigger = audit.trigger.to(first.device)
             trigger = trigger if normalization is None else trigger.normalized(normalization)
             if method is None or (method.needs_trigger and not isinstance(method, Alternation)):
-                method = Alternation(method, auditor=auditor)
+                method = Alternation(method, auditor=plan.auditor)
         method = method or MaskPrune()
         scoring, validation = (
             Pairs.stamp(images, labels, trigger, num_classes=logits.shape[1]).to(first.device, first.dtype)
@@ -259,11 +237,11 @@ def repair_split(
             mask=FilterMask(layers),
             scoring=scoring,
             validation=validation,
-            before=evaluate(forward, validation[processes.share(len(validation))].batches(batch_size), processes),
-            answers=_answers(forward, scoring, batch_size, processes, classes=logits.shape[1]),
+            before=evaluate(forward, validation[processes.share(len(validation))].batches(plan.batch_size), processes),
+            answers=_answers(forward, scoring, plan.batch_size, processes, classes=logits.shape[1]),
             trigger=trigger,
-            batch_size=batch_size,
-            seed=seed,
+            batch_size=plan.batch_size,
+            seed=plan.seed,
             audit=audit,
             on_progress=on_progress,
             processes=processes,
@@ -271,9 +249,9 @@ def repair_split(
         )
         held_before = task.measure()
         asr_before = held_before.asr
-        if audit is not None and audit.verdict == "clean" and not force:
+        if audit is not None and audit.verdict == "clean" and not plan.force:
             status = "clean"
-        elif asr_before < min_asr and not force:
+        elif asr_before < plan.min_asr and not plan.force:
             status = "not backdoored"
         else:
             for number in method.repair(task):

@@ -19,7 +19,8 @@ from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
 from lightning_unlearn.filters import FilterMask
 from lightning_unlearn.intact import intact
 from lightning_unlearn.logs import log_pictures, log_report, log_round
-from lightning_unlearn.methods import RepairMethod, Round
+from lightning_unlearn.methods import Round
+from lightning_unlearn.plan import RepairPlan
 from lightning_unlearn.processes import Processes
 from lightning_unlearn.progress import round_progress, stage_progress
 from lightning_unlearn.repair import RepairResult, repair_split
@@ -71,29 +72,17 @@ class Session:
 
     def repair(
         self,
+        plan: RepairPlan,
         *,
-        trigger: Trigger | None,
         evaluation_trigger: Trigger | None,
-        method: RepairMethod | None,
-        seed: int,
-        batch_size: int,
-        force: bool,
-        min_asr: float,
-        auditor: Auditor | None,
         held: FilterMask | None,
     ) -> tuple[RepairResult, Report]:
         """Repair the module, log what is done, and report it; nothing is written but logs.
 
         Args:
-            trigger: as for :func:`~lightning_unlearn.repair`; the dataset's normalisation is told to it.
-            evaluation_trigger: what rates are measured with where ``trigger`` is unknown: on test images, or on the
-                validation part where there are none.
-            method: as for :func:`~lightning_unlearn.repair`.
-            seed: as for :func:`~lightning_unlearn.repair`.
-            batch_size: as for :func:`~lightning_unlearn.repair`.
-            force: as for :func:`~lightning_unlearn.repair`.
-            min_asr: as for :func:`~lightning_unlearn.repair`.
-            auditor: as for :func:`~lightning_unlearn.repair`.
+            plan: what to do; the dataset's normalisation is told to its trigger.
+            evaluation_trigger: what rates are measured with where the plan's trigger is unknown: on test images, or on
+                the validation part where there are none.
             held: what earlier repairs pruned, and must stay so.
 
         Returns:
@@ -101,7 +90,7 @@ class Session:
         """
         trainer, module, clean = self.trainer, self.module, self.clean
         processes = Processes.current(module.device)
-        trigger = None if trigger is None else clean.fit_trigger(trigger)
+        trigger = None if plan.trigger is None else clean.fit_trigger(plan.trigger)
         real = trigger if evaluation_trigger is None else clean.fit_trigger(evaluation_trigger)
         processes.align(module)
         split = Split(clean.scoring(), clean.validation())
@@ -127,14 +116,8 @@ class Session:
             result = repair_split(
                 module,
                 split,
-                trigger=trigger,
+                replace(plan, trigger=trigger),
                 normalization=clean.normalization,
-                method=method,
-                seed=seed,
-                batch_size=batch_size,
-                force=force,
-                min_asr=min_asr,
-                auditor=auditor,
                 forward=self.logits,
                 on_round=on_round,
                 on_progress=on_progress,
@@ -151,7 +134,7 @@ class Session:
             result,
             trigger,
             samples_per_class=clean.holdout.samples_per_class,
-            seed=seed,
+            seed=plan.seed,
             test=both if clean.has_test else None,
             validation=None if clean.has_test else both,
             labels=clean.labels,

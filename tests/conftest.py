@@ -21,6 +21,7 @@ from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.draw import Split
 from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.methods import RepairMethod, RepairTask, Round
+from lightning_unlearn.plan import RepairPlan
 from lightning_unlearn.repair import repair_split
 from lightning_unlearn.triggers import PatchTrigger, Trigger
 from tests.callback_fits import fit, parts  # noqa: F401 - fixtures
@@ -178,7 +179,7 @@ def make_task() -> Callable[..., RepairTask]:
         held = torch.ones(len(labels), dtype=torch.bool).index_fill(0, validating, False)
         split = Split((images[held], labels[held]), (images[validating], labels[validating]))
         capture = _Capture()
-        repair_split(net, split, trigger=trigger, method=capture, force=True, **options)
+        repair_split(net, split, RepairPlan(trigger=trigger, method=capture, force=True, **options))
         return kind(**{field.name: getattr(capture.task, field.name) for field in fields(capture.task)})
 
     return make

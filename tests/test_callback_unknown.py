@@ -308,8 +308,9 @@ def test_the_evaluation_trigger_never_reaches_the_repair(setting, monkeypatch, h
     callback, _ = fit(setting, **data, evaluation_trigger=real, method=spy)
     assert callback.report.status == "repaired"
     ((args, kwargs),) = given
-    assert kwargs["trigger"] is None
-    assert real not in [*args, *kwargs.values()]
+    plan = args[2]
+    assert plan.trigger is None
+    assert real not in [*args, *kwargs.values(), *vars(plan).values()]
     assert real.uses >= 2  # before and after
     assert spy.tasks
     for task in spy.tasks:

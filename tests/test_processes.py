@@ -32,6 +32,7 @@ from lightning_unlearn.draw import Split
 from lightning_unlearn.evaluation import evaluate
 from lightning_unlearn.filters import find_filters, score_filters
 from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, MaskPrune, RepairMethod, RepairTask, Round
+from lightning_unlearn.plan import RepairPlan
 from lightning_unlearn.processes import ALONE, Processes
 from lightning_unlearn.repair import repair_split
 from lightning_unlearn.triggers import PatchTrigger
@@ -120,9 +121,8 @@ class _Work:
     def repaired(self, method: RepairMethod, data: Split | None = None) -> dict[str, Any]:
         torch.manual_seed(self.processes.rank)  # nothing that counts is drawn from here
         net = self.net()
-        result = repair_split(
-            net, data or split(), trigger=TRIGGER, method=method, force=True, batch_size=7, processes=self.processes
-        )
+        plan = RepairPlan(trigger=TRIGGER, method=method, force=True, batch_size=7)
+        result = repair_split(net, data or split(), plan, processes=self.processes)
         return {
             "status": result.status,
             "pruned": result.pruned,
@@ -144,9 +144,8 @@ class _Work:
         step = 1e6 if self.processes.rank == rank else 0.0
         with patch.object(time, "monotonic", count_from(0.0, step).__next__):
             try:
-                result = repair_split(
-                    self.net(), split(), method=method, force=True, processes=self.processes, **options
-                )
+                plan = RepairPlan(method=method, force=True, **options)
+                result = repair_split(self.net(), split(), plan, processes=self.processes)
             except ValueError as error:
                 return str(error)
         return result.status

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 
 from lightning_unlearn.draw import Split
 from lightning_unlearn.methods import FineTuning, GradPrune, MaskPrune
+from lightning_unlearn.plan import RepairPlan
 from lightning_unlearn.repair import repair, repair_split
 from lightning_unlearn.triggers import FunctionTrigger, PatchTrigger, Trigger
 
@@ -191,7 +192,7 @@ def test_a_class_missing_in_one_part(make_net, make_clean, left_alone, part):
         left_alone(net),
         pytest.raises(ValueError, match=r"^dataset: the model gives 4 logits, but of class 1 there is"),
     ):
-        repair_split(net, Split(**parts), trigger=PatchTrigger(), method=GradPrune(), force=True)
+        repair_split(net, Split(**parts), RepairPlan(trigger=PatchTrigger(), method=GradPrune(), force=True))
 
 
 def test_too_few_images_of_a_class(refused, make_clean):

@@ -5,6 +5,7 @@ import torch
 
 from lightning_unlearn.draw import Split
 from lightning_unlearn.methods import GradPrune, RepairMethod
+from lightning_unlearn.plan import RepairPlan
 from lightning_unlearn.repair import repair, repair_split
 from lightning_unlearn.triggers import PatchTrigger
 from tests.small_repairs import METHODS, Spy, asr
@@ -114,10 +115,9 @@ def test_an_exception_in_the_model_restores_it(make_net, make_clean, left_alone,
 
     net, (images, labels) = make_net(name), make_clean(10).tensors
     split = Split((images[:20], labels[:20]), (images[20:], labels[20:]))
+    plan = RepairPlan(trigger=PatchTrigger(), method=method(), force=True)
     with left_alone(net), pytest.raises(error, match="enough"):
-        repair_split(
-            net, split, trigger=PatchTrigger(), method=method(), force=True, forward=forward, on_round=lambda _: None
-        )
+        repair_split(net, split, plan, forward=forward, on_round=lambda _: None)
     assert calls == 9
 
 

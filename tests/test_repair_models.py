@@ -8,6 +8,7 @@ from torchvision.transforms import v2
 
 from lightning_unlearn.draw import Split
 from lightning_unlearn.methods import GradPrune, MaskPrune
+from lightning_unlearn.plan import RepairPlan
 from lightning_unlearn.repair import repair, repair_split
 from lightning_unlearn.triggers import FunctionTrigger, PatchTrigger
 from tests.small_repairs import METHODS, NETS, Spy, asr, same_state, state
@@ -103,8 +104,7 @@ def test_a_forward_of_ones_own(hand_victim):
     result = repair_split(
         wrapped,
         split,
-        trigger=hand_victim.trigger,
-        method=GradPrune(finetune=False),
+        RepairPlan(trigger=hand_victim.trigger, method=GradPrune(finetune=False)),
         forward=lambda images: wrapped(images)["logits"],
     )
     assert result.pruned == {"net.0": [3]}
