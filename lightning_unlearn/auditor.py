@@ -21,13 +21,13 @@ from lightning_unlearn.margins import largest_margins
 from lightning_unlearn.triggers import AdditiveTrigger, Normalization
 from lightning_unlearn.triggers.distance import individual_costs
 from lightning_unlearn.triggers.inversion import Estimate, Family, invert, measured
+from lightning_unlearn.triggers.normalization import in_pixels
 from lightning_unlearn.verdict import COMPARED, SURELY, WIDEST, WORKS, Audit, Usual, Verdict, judged
 
-__all__ = ["Auditor", "Progress", "audit", "in_pixels"]
+__all__ = ["Auditor", "Progress", "audit"]
 
 _FEW = 12  # so many classes are all looked at closely
 _ENOUGH = 256  # so many images tell a mean distance well enough
-_TOLERANCE = 1e-2  # of pixels, after undoing a normalisation in half precision
 
 Progress: TypeAlias = Callable[[str, int, int], object]
 
@@ -333,30 +333,3 @@ def _answers(forward: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
             "does anyway; check the weights and the range of the images."
         )
     return logits
-
-
-def in_pixels(images: Tensor, normalization: Normalization | None) -> Tensor:
-    """Images as float32 pixels in [0, 1], whose range tells whether their normalisation is known.
-
-    Args:
-        images: (N, C, H, W) as the model takes them.
-        normalization: how they are normalised, if they are.
-
-    Raises:
-        TypeError: if images are no floating-point numbers.
-        ValueError: if they are no pixels even without the normalisation.
-    """
-    if not images.is_floating_point():
-        raise TypeError(
-            f"images: expected floating-point images, through which a gradient can pass, but got {images.dtype}."
-        )
-    pixels = images.float() if normalization is None else normalization.invert(images.float())
-    low, high = (bound.item() for bound in torch.aminmax(pixels))
-    if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):
-        told = "no normalisation was told" if normalization is None else f"that is after undoing {normalization}"
-        raise ValueError(
-            f"images: expected pixels in [0, 1], but they go from {low:.4g} to {high:.4g}, and {told}; tell how they "
-            "are normalised (normalization=..., or a torchvision Normalize among the dataset's transforms), or divide "
-            "by 255 if they hold 0 to 255."
-        )
-    return pixels.clamp(0, 1)

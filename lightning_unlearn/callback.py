@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from lightning_unlearn.auditor import Auditor, in_pixels
+from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.companions import callbacks_of, refuse_companions, refuse_strategy
 from lightning_unlearn.data.clean import CleanImages, refuse_training_data
 from lightning_unlearn.data.labels import is_unlabelled
@@ -49,6 +49,7 @@ from lightning_unlearn.saving import (
 from lightning_unlearn.session import Session
 from lightning_unlearn.termination import termination
 from lightning_unlearn.triggers import Trigger
+from lightning_unlearn.triggers.normalization import in_pixels
 from lightning_unlearn.verdict import Audit
 
 __all__ = ["BackdoorUnlearning"]

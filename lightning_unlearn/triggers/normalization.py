@@ -13,7 +13,9 @@ from torchvision.transforms import v2
 # What `weights.transforms()` gives; torchvision has no public name for it.
 from torchvision.transforms._presets import ImageClassification
 
-__all__ = ["Normalization", "find_normalization"]
+__all__ = ["Normalization", "find_normalization", "in_pixels"]
+
+_TOLERANCE = 1e-2  # of pixels, after undoing a normalisation in half precision
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,33 @@ class Normalization:
         mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device)
         std = torch.tensor(self.std, dtype=images.dtype, device=images.device)
         return mean[:, None, None], std[:, None, None]
+
+
+def in_pixels(images: Tensor, normalization: Normalization | None) -> Tensor:
+    """Images as float32 pixels in [0, 1], whose range tells whether their normalisation is known.
+
+    Args:
+        images: (N, C, H, W) as the model takes them.
+        normalization: how they are normalised, if they are.
+
+    Raises:
+        TypeError: if images are no floating-point numbers.
+        ValueError: if they are no pixels even without the normalisation.
+    """
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images: expected floating-point images, through which a gradient can pass, but got {images.dtype}."
+        )
+    pixels = images.float() if normalization is None else normalization.invert(images.float())
+    low, high = (bound.item() for bound in torch.aminmax(pixels))
+    if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):
+        told = "no normalisation was told" if normalization is None else f"that is after undoing {normalization}"
+        raise ValueError(
+            f"images: expected pixels in [0, 1], but they go from {low:.4g} to {high:.4g}, and {told}; tell how they "
+            "are normalised (normalization=..., or a torchvision Normalize among the dataset's transforms), or divide "
+            "by 255 if they hold 0 to 255."
+        )
+    return pixels.clamp(0, 1)
 
 
 def find_normalization(dataset: object) -> Normalization | None:
