@@ -10,8 +10,8 @@ import torch
 from benchmarks.figures import plot
 from benchmarks.matrix import METHODS, VICTIMS, cells
 from benchmarks.repairs import run, stored
+from benchmarks.tables import by_setting, summary
 from benchmarks.tables import cells as cell_table
-from benchmarks.tables import summary
 
 _HERE = Path(__file__).parent
 
@@ -60,9 +60,9 @@ def main() -> None:
     if options.command == "plot":
         plot(lines, options.picture)
         return
-    for size in sorted({line["samples_per_class"] for line in lines}):
-        of_size = [line for line in lines if line["samples_per_class"] == size]
-        print(f"### {size} clean images per class", summary(of_size), cell_table(of_size), sep="\n\n", end="\n\n")
+    for (network, size), found in by_setting(lines).items():
+        heading = f"### {network}, {size} clean images per class"
+        print(heading, summary(found), cell_table(found), sep="\n\n", end="\n\n")
 
 
 if __name__ == "__main__":

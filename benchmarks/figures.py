@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from benchmarks.matrix import METHODS
-from benchmarks.tables import by_draw
+from benchmarks.tables import by_draw, by_setting, method_name
 
 __all__ = ["plot"]
 
 _MARKERS = "oPXsDv^<>*hpd8H"
+_ABREAST = 3  # panels in a row
 
 
 def plot(lines: list[dict[str, Any]], path: Path) -> None:
-    """One point a cell, one panel a number of images per class; good is the lower left corner."""
-    found = [line for methods in by_draw(lines).values() for line in methods.items()]
-    sizes = sorted({line["samples_per_class"] for _, line in found})
-    figure = Figure(figsize=(5.5 * len(sizes) + 2.5, 5), layout="constrained")
-    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+    """One point a cell, one panel a network and number of images per class; good is the lower left corner."""
+    settings = by_setting(line for methods in by_draw(lines).values() for line in methods.values())
+    rows = math.ceil(len(settings) / _ABREAST)
+    columns = math.ceil(len(settings) / rows)
+    figure = Figure(figsize=(5.5 * columns + 2.5, 5 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels[len(settings) :]:
+        axes.remove()
+    for axes, ((network, size), found) in zip(panels, settings.items(), strict=False):
         for number, name in enumerate(METHODS):
             points = [
                 (100 * (line["before"]["acc"] - line["after"]["acc"]), 100 * line["after"]["asr"])
-                for of, line in found
-                if of == name and line["samples_per_class"] == size
+                for line in found
+                if method_name(line) == name
             ]
             if points:
                 ours = name == "MaskPrune"
@@ -37,7 +43,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
                     s=60 if ours else 30,
                     zorder=3 if ours else 2,
                 )
-        axes.set(xlabel="ACC drop, points ↓", ylabel="ASR, % ↓", title=f"{size} clean images per class")
+        axes.set(xlabel="ACC drop, points ↓", ylabel="ASR, % ↓", title=f"{network}, {size} clean images per class")
         axes.set_xscale("symlog", linthresh=5)
         axes.set_yscale("symlog", linthresh=5)
         axes.grid(color="0.9")

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.matrix import METHODS, SHOWN
 
-__all__ = ["MIN_ASR", "by_draw", "cells", "complete", "is_lost", "method_name", "summary"]
+__all__ = ["MIN_ASR", "by_draw", "by_setting", "cells", "complete", "is_lost", "method_name", "summary"]
 
 Line = dict[str, Any]
 
@@ -33,6 +33,14 @@ def by_draw(lines: Iterable[Line]) -> dict[str, dict[str, Line]]:
         if line["before"]["asr"] >= MIN_ASR:
             draws[str((line["victim"], line["samples_per_class"], line["seed"]))][method_name(line)] = line
     return dict(draws)
+
+
+def by_setting(lines: Iterable[Line]) -> dict[tuple[str, int], list[Line]]:
+    """Lines by network and images per class, in that order: what may be averaged."""
+    settings: dict[tuple[str, int], list[Line]] = defaultdict(list)
+    for line in lines:
+        settings[line["victim"]["network"], line["samples_per_class"]].append(line)
+    return dict(sorted(settings.items()))
 
 
 def complete(lines: Iterable[Line]) -> dict[str, list[Line]]:

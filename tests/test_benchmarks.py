@@ -110,6 +110,17 @@ def test_only_methods_that_ran_on_all_draws_are_averaged():
     assert {name: len(found) for name, found in tables.complete(lines).items()} == {"MaskPrune": 2, "FT": 2}
 
 
+def test_networks_and_numbers_of_images_are_apart():
+    other = line(spc=2)
+    other["victim"] = {**other["victim"], "network": "mobilenet"}
+    lines = [line(), line(spc=2), other, line("FT")]
+    assert tables.by_setting(lines) == {
+        ("mobilenet", 2): [other],
+        ("vgg", 2): [lines[1]],
+        ("vgg", 10): [lines[0], lines[3]],
+    }
+
+
 def test_a_picture(tmp_path):
     plot([line(), line("FT", asr=0.9), line("FT", spc=2)], tmp_path / "new" / "picture.png")
     assert (tmp_path / "new" / "picture.png").stat().st_size > 1000
@@ -119,6 +130,7 @@ def test_the_legend_names_what_any_panel_shows(monkeypatch, tmp_path):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
     plot([line("FT", spc=2), line("AGE"), line(), line(spc=100)], tmp_path / "picture.png")
+    assert [axes.get_title() for axes in figures[0].axes] == [f"vgg, {n} clean images per class" for n in (2, 10, 100)]
     (legend,) = figures[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["MaskPrune", "AGE", "FT"]
 
