@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.margins import gaps, largest_margins
 
 PIXELS = torch.rand(12, 1, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -26,6 +27,17 @@ def test_largest_margins_by_hand():
     assert largest_margins(linear([[1.0] * 4, [-1.0] * 4]), PIXELS, num_classes=2).values == pytest.approx(
         [8, 0], abs=0.1
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_has_the_margins_that_it_would_have(dtype):
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5)
+    ).requires_grad_(False)
+    wanted = largest_margins(net, PIXELS, num_classes=5).values
+    net.to(dtype)
+    found = largest_margins(lambda x: logits_of(net, x.to(dtype)), PIXELS, num_classes=5).values
+    assert found == pytest.approx(wanted, rel=0.05, abs=0.02)
 
 
 def test_what_images_show_cannot_help_a_class_that_answers_to_everything():

@@ -119,11 +119,24 @@ def test_time_too_short_leaves_the_model_as_it_was(hand_victim, left_alone):
         repair(hand_victim.net, hand_victim.clean, auditor=Auditor(max_time=1e-9))
 
 
-def test_double_precision(hand_victim, verdict):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gap", [0.0, 2.0])
+def test_other_precisions(hand_victim, verdict, monkeypatch, dtype, gap):
+    """Also where the change that made the model surest is an estimate, which is kept in float32."""
     verdict(2.0)
+    if gap:
+        verdict(0.5)
+        judged = audits.judged
+        monkeypatch.setattr(
+            audits, "judged", lambda *given: tuple(dataclasses.replace(entry, gap=gap) for entry in judged(*given))
+        )
     method = Alternation(QUICK, rounds=2)
-    result = repair(hand_victim.net.double(), hand_victim.clean, method=method, auditor=FAST, force=True)
+    result = repair(hand_victim.net.to(dtype), hand_victim.clean, method=method, auditor=FAST, force=True)
     assert len(result.rounds) == 2
+    assert {tensor.dtype for tensor in hand_victim.net.state_dict().values()} == {dtype}
+    patterns = [estimate.trigger.pattern for estimate in result.audit.estimates if estimate.family == "additive"]
+    assert all(pattern.isfinite().all() and pattern.dtype == torch.float32 for pattern in patterns)
+    assert len(patterns) >= (2 if gap else 1)
 
 
 # Without labels
