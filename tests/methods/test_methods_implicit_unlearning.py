@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
-from lightning_unlearn import repair
 from lightning_unlearn.evaluation import Evaluation
 from lightning_unlearn.methods import RepairTask, implicit_unlearning
 from lightning_unlearn.methods.implicit_unlearning import ImplicitBackdoorUnlearning, PixelRange, hypergradient
@@ -206,60 +205,6 @@ def test_norms_and_pruned_filters_stay_as_they_are(new_task, name):
     assert all(torch.equal(tensor, before[key]) for key, tensor in task.model.named_buffers())
     assert not any(module.training for module in task.model.modules())
     assert all(tensor.isfinite().all() for tensor in task.model.state_dict().values())
-
-
-def test_triggered_images_decide_nothing(new_task):
-    states = []
-    for garbage in (False, True):
-        task = new_task()
-        if garbage:
-            task.trigger = None
-            for part in ("scoring", "validation"):
-                pairs = getattr(task, part)
-                setattr(task, part, dataclasses.replace(pairs, triggered=pairs.triggered * torch.nan))
-        list(ibau(accuracy_drop=0.3).repair(task))
-        states.append(state(task.model))
-    assert same(*states)
-    assert not ImplicitBackdoorUnlearning.needs_trigger
-
-
-def test_the_seed_decides(new_task):
-    first, again, other = (new_task(seed=seed) for seed in (4, 4, 5))
-    for task in (first, again, other):
-        list(ibau(learning_rate=0.01).repair(task))
-    assert same(state(first.model), state(again.model))
-    assert not same(state(first.model), state(other.model))
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_through_repair(make_net, make_clean, channels):
-    net = make_net("preact", channels=channels)
-    net.train()
-    options = {"trigger": PatchTrigger(), "samples_per_class": 5, "force": True}
-    result = repair(net, make_clean(6, channels=channels), method=ibau(rounds=1), **options)
-    assert all(module.training for module in net.modules())
-    assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
-    assert result.status in ("repaired", "not improved")
-
-
-def test_an_exception_anywhere_leaves_the_model_alone(make_net, make_clean, left_alone):
-    calls = limit = 0
-    net = make_net("vgg")
-    inner = net.forward
-
-    def forward(images):
-        nonlocal calls
-        calls += 1
-        if calls > limit:
-            raise KeyboardInterrupt
-        return inner(images)
-
-    net.forward = forward
-    options = {"trigger": PatchTrigger(), "samples_per_class": 4, "force": True}
-    for limit in range(0, 12):  # noqa: B007 - read in `forward`
-        calls = 0
-        with left_alone(net), pytest.raises(KeyboardInterrupt):
-            repair(net, make_clean(5), method=ibau(), **options)
 
 
 def test_images_without_a_gradient_are_refused(new_task):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_unlearn import repair
 from lightning_unlearn.evaluation import Evaluation
 from lightning_unlearn.methods import RepairTask
 from lightning_unlearn.methods.inverted_masks import InvertedMaskSelection
@@ -202,48 +201,7 @@ def test_closing_early_displaces_nothing(new_task, rounds):
     assert all(now is was for now, was in zip(task.model.parameters(), parameters, strict=True))
 
 
-def test_the_seed_decides(new_task):
-    first, again, other = (new_task(seed=seed) for seed in (4, 4, 5))
-    for task in (first, again, other):
-        list(ims(learning_rate=0.01).repair(task))
-    assert same(state(first.model), state(again.model))
-    assert not same(state(first.model), state(other.model))
-
-
-# From outside
-
-
-@pytest.mark.parametrize(("name", "channels"), [("preact", 1), ("grouped", 3)])
-def test_through_repair(make_net, make_clean, name, channels):
-    net = make_net(name, channels=channels)
-    net.train()
-    net[0].eval()
-    training = [module.training for module in net.modules()]
-    options = {"trigger": PatchTrigger(), "samples_per_class": 5, "force": True}
-    result = repair(net, make_clean(6, channels=channels), method=ims(), **options)
-    assert [module.training for module in net.modules()] == training
-    assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
-    assert result.status in ("repaired", "not improved")
-
-
-def test_an_exception_anywhere_leaves_the_model_alone(make_net, make_clean, left_alone):
-    calls = limit = 0
-    net = make_net("vgg")
-    inner = net.forward
-
-    def forward(images):
-        nonlocal calls
-        calls += 1
-        if calls > limit:
-            raise KeyboardInterrupt
-        return inner(images)
-
-    net.forward = forward
-    options = {"trigger": PatchTrigger(), "samples_per_class": 4, "force": True}
-    for limit in range(4, 20, 2):  # noqa: B007 - read in `forward`
-        calls = 0
-        with left_alone(net), pytest.raises(KeyboardInterrupt):
-            repair(net, make_clean(5), method=ims(), **options)
+# What is refused
 
 
 def test_models_without_a_gradient_are_refused(new_task):

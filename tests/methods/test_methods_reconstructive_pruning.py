@@ -8,9 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812 - the usual name
-from torch.utils.data import TensorDataset
 
-from lightning_unlearn import repair
 from lightning_unlearn.evaluation import Evaluation
 from lightning_unlearn.methods import RepairTask, reconstructive_pruning
 from lightning_unlearn.methods.reconstructive_pruning import ReconstructiveNeuronPruning
@@ -200,60 +198,12 @@ def test_the_seed_decides(new_task, masks_of):
     assert not torch.equal(first, other)
 
 
-def test_triggered_images_decide_nothing(new_task):
-    found = []
-    for garbage in (False, True):
-        task = new_task()
-        if garbage:
-            for part in ("scoring", "validation"):
-                pairs = getattr(task, part)
-                setattr(task, part, dataclasses.replace(pairs, triggered=pairs.triggered * torch.nan))
-        list(rnp(accuracy_drop=0.3).repair(task))
-        found.append(task.mask.pruned)
-    assert found[0] == found[1] != ()
-    assert not ReconstructiveNeuronPruning.needs_trigger
-
-
 def test_an_ascent_that_diverges_says_so(new_task):
     with pytest.raises(ValueError, match=r"^model: the learned masks hold NaN or infinity"):
         list(rnp(unlearn_rate=1e38).repair(new_task()))
 
 
-# From outside
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_through_repair(make_net, make_clean, channels):
-    net, clean = make_net("preact", channels=channels), make_clean(6, channels=channels)
-    net.train()
-    net[0].eval()
-    training = [module.training for module in net.modules()]
-    options = {"trigger": PatchTrigger(), "samples_per_class": 5, "force": True}
-    result = repair(net, TensorDataset(*clean.tensors), method=rnp(), **options)
-    assert [module.training for module in net.modules()] == training
-    assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
-    assert result.status in ("repaired", "not improved")
-
-
-def test_an_exception_anywhere_leaves_the_model_alone(make_net, make_clean, left_alone):
-    calls = limit = 0
-    net = make_net("vgg")
-    inner = net.forward
-
-    def forward(images):
-        nonlocal calls
-        calls += 1
-        if calls > limit:
-            raise KeyboardInterrupt
-        return inner(images)
-
-    net.forward = forward
-    options = {"trigger": PatchTrigger(), "samples_per_class": 4, "force": True}
-    method = rnp(unlearn_epochs=1, recover_epochs=2)
-    for limit in range(0, 15):  # noqa: B007 - read in `forward`
-        calls = 0
-        with left_alone(net), pytest.raises(KeyboardInterrupt):
-            repair(net, make_clean(5), method=method, **options)
+# What is refused
 
 
 def test_a_model_without_norms_is_refused(new_task):

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
-from lightning_unlearn import repair
 from lightning_unlearn.evaluation import Evaluation
 from lightning_unlearn.methods import RepairTask
 from lightning_unlearn.methods.implicit_unlearning import PixelRange
@@ -199,63 +198,7 @@ def test_the_last_epoch_within_alpha_is_kept(new_task, accuracies, kept):
     assert same(state(task.model), states[kept])
 
 
-def test_triggered_images_decide_nothing(new_task):
-    states = []
-    for garbage in (False, True):
-        task = new_task()
-        if garbage:
-            task.trigger = None
-            for part in ("scoring", "validation"):
-                pairs = getattr(task, part)
-                setattr(task, part, dataclasses.replace(pairs, triggered=pairs.triggered * torch.nan))
-        list(sau(accuracy_drop=0.3).repair(task))
-        states.append(state(task.model))
-    assert same(*states)
-    assert not SharedAdversarialUnlearning.needs_trigger
-
-
-def test_the_seed_decides(new_task):
-    first, again, other = (new_task(seed=seed) for seed in (4, 4, 5))
-    for task in (first, again, other):
-        list(sau().repair(task))
-    assert same(state(first.model), state(again.model))
-    assert not same(state(first.model), state(other.model))
-
-
-# From outside
-
-
-@pytest.mark.parametrize(("name", "channels"), [("preact", 1), ("grouped", 3), ("group_norm", 3)])
-def test_through_repair(make_net, make_clean, name, channels):
-    net = make_net(name, channels=channels)
-    net.train()
-    net[0].eval()
-    training = [module.training for module in net.modules()]
-    options = {"trigger": PatchTrigger(), "samples_per_class": 5, "force": True}
-    result = repair(net, make_clean(6, channels=channels), method=sau(max_epochs=1), **options)
-    assert [module.training for module in net.modules()] == training
-    assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
-    assert result.status in ("repaired", "not improved")
-
-
-def test_an_exception_anywhere_leaves_the_model_alone(make_net, make_clean, left_alone):
-    calls = limit = 0
-    net = make_net("vgg")
-    inner = net.forward
-
-    def forward(images):
-        nonlocal calls
-        calls += 1
-        if calls > limit:
-            raise KeyboardInterrupt
-        return inner(images)
-
-    net.forward = forward
-    options = {"trigger": PatchTrigger(), "samples_per_class": 4, "force": True}
-    for limit in range(4, 14):  # noqa: B007 - read in `forward`
-        calls = 0
-        with left_alone(net), pytest.raises(KeyboardInterrupt):
-            repair(net, make_clean(5), method=sau(), **options)
+# What is refused
 
 
 def test_images_without_a_gradient_are_refused(new_task):

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
-from lightning_unlearn import repair
 from lightning_unlearn.methods.sharpness_aware import (
     SharpnessAwareFineTuning,
     _at_worst_neighbour,
@@ -127,42 +125,6 @@ def test_pruned_filters_stay_zero_in_both_passes(make_net, make_clean, make_task
     task.forward = forward
     list(SharpnessAwareFineTuning(max_epochs=2, accuracy_drop=1.0).repair(task))
     assert passes == [28, 28, 8] * 2  # two a step, and the validation part, clean and triggered
-
-
-def test_the_trigger_is_not_looked_at(make_net, make_clean, make_task):
-    states = []
-    for garbage in (False, True):
-        task = make_task(make_net("vgg"), make_clean(8), PatchTrigger())
-        if garbage:
-            task.scoring = dataclasses.replace(task.scoring, triggered=task.scoring.triggered * torch.nan)
-        list(SharpnessAwareFineTuning(max_epochs=2, batch_size=10).repair(task))
-        states.append(task.model.state_dict())
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert not SharpnessAwareFineTuning.needs_trigger
-
-
-def options(**others):
-    return {"trigger": PatchTrigger(target=1), "method": SharpnessAwareFineTuning(max_epochs=3), "force": True} | others
-
-
-@pytest.mark.parametrize(("name", "channels"), [("preact", 3), ("vgg", 1)])
-def test_through_repair(make_net, make_clean, name, channels):
-    results = []
-    for _ in range(2):
-        net = make_net(name, channels=channels).train()
-        done = repair(net, make_clean(10, channels=channels), **options())
-        assert [step.stage for step in done.rounds] == ["finetune"] * 3
-        assert all(module.training for module in net.modules())
-        assert all(p.grad is None and p.isfinite().all() for p in net.parameters())
-        assert not any(module._forward_hooks for module in net.modules())
-        results.append(net.state_dict())
-    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
-
-
-def test_an_error_leaves_the_model_alone(make_net, make_clean, left_alone):
-    net = make_net("vgg")
-    with left_alone(net), pytest.raises(ZeroDivisionError):
-        repair(net, make_clean(10), **options(on_round=lambda _: 1 / 0))
 
 
 @pytest.mark.parametrize(
