@@ -197,6 +197,7 @@ def _compare(
             methods=methods,
             test=(lambda num_classes: clean.test(trigger, num_classes)) if clean.has_test else None,
             samples_per_class=clean.holdout.samples_per_class,
+            labels=clean.labels,
             forward=lambda images: unlearning.logits(model, images),
             on_entry=on_entry,
             on_round=show,

@@ -6,16 +6,16 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_unlearn.comparison_report import Comparison, Entry
-from lightning_unlearn.data.holdout import split_holdout
-from lightning_unlearn.data.labels import item_parts, labels_of, overlap
+from lightning_unlearn.data.labels import item_parts, overlap
 from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.draw import Draw, predicted
 from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.intact import intact
 from lightning_unlearn.methods import RepairMethod, RepairTask, Round
@@ -24,7 +24,7 @@ from lightning_unlearn.plan import RepairPlan
 from lightning_unlearn.repair import Split, repair_split
 from lightning_unlearn.report import Report
 from lightning_unlearn.roster import arguments_of, default_methods, method_labels, refuse_no_methods
-from lightning_unlearn.triggers import Trigger, find_normalization
+from lightning_unlearn.triggers import Trigger
 
 __all__ = ["Comparison", "Entry", "compare", "compare_split"]
 
@@ -54,7 +54,8 @@ def compare(
 
     Args:
         model: as for :func:`~lightning_unlearn.repair`.
-        dataset: as for :func:`~lightning_unlearn.repair`.
+        dataset: as for :func:`~lightning_unlearn.repair`; without labels the untouched model's answers stand in, so
+            that ACC is agreement with them.
         trigger: the trigger that every method is measured by; only those that need it are told.
         methods: what to compare; every method of :mod:`lightning_unlearn.methods` with its defaults by default.
         test: clean images to measure rates on, which no method sees; by default the validation part.
@@ -92,20 +93,18 @@ def compare(
     if trigger is None:
         raise TypeError("trigger: expected a lightning_unlearn.triggers.Trigger to measure by, but got NoneType.")
     plan = RepairPlan(trigger=trigger, seed=seed, batch_size=batch_size, force=force, min_asr=min_asr)
-    holdout = split_holdout(
-        labels_of(dataset),
+    draw = Draw.of(
+        dataset,
+        lambda images: predicted(model, images),
         samples_per_class=samples_per_class,
         share=share,
         validation_share=validation_share,
         seed=seed,
     )
-    drawn = [Subset(dataset, part) for part in (holdout.scoring, holdout.validation)]
-    if test is not None and (shared := sum(overlap(part, test) for part in drawn)):
+    if test is not None and (shared := sum(overlap(part, test) for part in draw.parts)):
         raise ValueError(f"test: {shared} of its images are among the clean images drawn; give others.")
-    normalization = find_normalization(dataset)
-    if trigger.normalization is None and normalization is not None:
-        trigger = trigger.normalized(normalization)
-    scoring, validation = ([torch.cat(part) for part in zip(*_batches(part), strict=True)] for part in drawn)
+    if trigger.normalization is None and draw.normalization is not None:
+        trigger = trigger.normalized(draw.normalization)
 
     def stamped(num_classes: int) -> Iterator[Pairs]:
         first = next(model.parameters(), torch.empty(0))
@@ -114,11 +113,12 @@ def compare(
 
     return compare_split(
         model,
-        Split((scoring[0], scoring[1]), (validation[0], validation[1])),
+        draw.split,
         replace(plan, trigger=trigger),
         methods=methods,
         test=None if test is None else stamped,
         samples_per_class=samples_per_class,
+        labels=draw.labels,
         on_entry=on_entry,
     )
 
@@ -131,6 +131,7 @@ def compare_split(
     methods: Sequence[RepairMethod] | None = None,
     test: Callable[[int], Iterable[Pairs]] | None = None,
     samples_per_class: int | None = None,
+    labels: Literal["given", "predicted"] = "given",
     forward: Callable[[Tensor], Tensor] | None = None,
     on_entry: Callable[[Comparison], object] | None = None,
     on_round: Callable[[Round], object] | None = None,
@@ -144,6 +145,7 @@ def compare_split(
         methods: as for :func:`compare`.
         test: takes the number of classes and gives batches of test pairs, on the model's device, anew at each call.
         samples_per_class: SPC, for the reports.
+        labels: ``"predicted"`` if the model's own answers stand in for labels.
         forward: how to get logits from images; the model itself by default.
         on_entry: as for :func:`compare`.
         on_round: called with every :class:`Round` of every method.
@@ -159,7 +161,7 @@ def compare_split(
         raise ValueError("plan: it needs a trigger, by which every method is measured.")
     methods = default_methods() if methods is None else list(methods)
     refuse_no_methods(methods)
-    labels = method_labels(methods)
+    left = method_labels(methods)
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper shares the parameters of what it wraps
     forward = forward or model
     with intact(model) as original:
@@ -185,10 +187,11 @@ def compare_split(
             measured_on="validation" if test is None else "test",
             before=(test_before or baseline.before).rates(),
             held_before=_held(held_before, held_before),
-            left_out=tuple(labels),
+            labels=labels,
+            left_out=tuple(left),
         )
         try:
-            for label, method in zip(labels, methods, strict=True):
+            for label, method in zip(left, methods, strict=True):
                 start, weights = perf_counter(), None
                 entry = Entry(label, method.name, arguments_of(method), method.needs_trigger, seconds=0.0)
                 try:
@@ -201,7 +204,14 @@ def compare_split(
                     )
                     held, after = measure()
                     both = None if test_before is None or after is None else (test_before, after)
-                    report = Report.of(result, trigger, samples_per_class=samples_per_class, seed=plan.seed, test=both)
+                    report = Report.of(
+                        result,
+                        trigger,
+                        samples_per_class=samples_per_class,
+                        seed=plan.seed,
+                        test=both,
+                        labels=labels,
+                    )
                     entry = replace(
                         entry, seconds=report.seconds["total"], report=report, held=_held(held_before, held)
                     )
@@ -220,7 +230,7 @@ def compare_split(
                 if on_entry is not None:
                     on_entry(done)
         except KeyboardInterrupt:
-            _restore(model, tensors, original, done.left_out[0] if done.left_out else labels[-1])
+            _restore(model, tensors, original, done.left_out[0] if done.left_out else left[-1])
             if not done.entries:
                 raise
     return done

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
 
@@ -72,6 +72,7 @@ class Comparison:
         measured_on: ``"test"`` or ``"validation"``, as reports have it.
         before: ACC, ASR and RA of the untouched model there.
         held_before: what :attr:`Entry.held` has, of the untouched model.
+        labels: ``"predicted"`` if the clean images have none and the untouched model's answers stand in.
         entries: one for each method, in the order in which they ran.
         left_out: labels of methods that have not run, because the comparison is going on or was interrupted.
         weights: the state of the model as the best method left it, on the CPU; None if none repaired it.
@@ -84,6 +85,7 @@ class Comparison:
     measured_on: str
     before: Mapping[str, float]
     held_before: Mapping[str, float]
+    labels: Literal["given", "predicted"] = "given"
     entries: tuple[Entry, ...] = ()
     left_out: tuple[str, ...] = ()
     weights: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
@@ -114,7 +116,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as JSON types, ranked; every method has the keys of ``report.json``, None where it failed."""
-        named = ("trigger", "target", "samples_per_class", "seed", "measured_on", "before", "held_before")
+        named = ("trigger", "target", "samples_per_class", "seed", "measured_on", "before", "held_before", "labels")
         best = self.best
         plain: dict[str, Any] = {
             "schema_version": self.schema_version,
@@ -130,7 +132,7 @@ class Comparison:
         if entry.report:
             return {**entry.report.to_dict(), **own}
         report: dict[str, Any] = dict.fromkeys(each.name for each in fields(Report))
-        report |= {name: getattr(self, name) for name in ("trigger", "target", "samples_per_class", "seed")}
+        report |= {name: getattr(self, name) for name in ("trigger", "target", "samples_per_class", "seed", "labels")}
         report |= {"schema_version": Report.schema_version, "measured_on": self.measured_on, "before": self.before}
         return {**report, **own, "status": "failed", "seconds": {"total": entry.seconds}}
 
@@ -160,6 +162,8 @@ class Comparison:
             "told: whether the method was told the trigger. held: DER on the clean images held, which ranks; "
             f"the other rates are of {self.measured_on} data."
         ]
+        if self.labels == "predicted":
+            notes.append("The clean images have no labels: the untouched model's own answers stand in for them.")
         best = self.best
         notes += [f"★ best: {best.label}."] if best else ["No method repaired the model."]
         if any(entry.report and entry.report.status == "not backdoored" for entry in self.entries):

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_unlearn.data.holdout import split_holdout
 from lightning_unlearn.data.labels import is_unlabelled, item_parts, labels_of
 from lightning_unlearn.data.unlabelled import PredictedLabels
+from lightning_unlearn.evaluation import logits_of
+from lightning_unlearn.intact import intact
 from lightning_unlearn.triggers import Normalization, find_normalization
 
-__all__ = ["Draw", "ImagesAndLabels", "Split", "refuse_missing_classes"]
+__all__ = ["Draw", "ImagesAndLabels", "Split", "predicted", "refuse_missing_classes"]
 
 ImagesAndLabels = tuple[Tensor, Tensor]
 
@@ -77,13 +79,13 @@ class Draw:
             ValueError: if the draw is impossible.
             TypeError: if the dataset is of the wrong kind.
         """
-        predicted = False
+        given = True
         try:
             labels = labels_of(dataset)
         except (TypeError, ValueError):  # asked only now, since it reads an image
             if not is_unlabelled(dataset):
                 raise
-            predicted, dataset = True, PredictedLabels(dataset, predict)
+            given, dataset = False, PredictedLabels(dataset, predict)
             labels = dataset.targets
         holdout = split_holdout(
             labels,
@@ -98,7 +100,7 @@ class Draw:
             split=Split(_load(scoring), _load(validation)),
             parts=(scoring, validation),
             normalization=find_normalization(dataset),
-            labels="predicted" if predicted else "given",
+            labels="given" if given else "predicted",
         )
 
 
@@ -108,6 +110,21 @@ def _load(dataset: Dataset[Any]) -> ImagesAndLabels:
     loader: DataLoader[Any] = DataLoader(dataset, batch_size=256, generator=torch.Generator())
     images, labels = zip(*(item_parts(batch) for batch in loader), strict=True)
     return torch.cat(images), torch.cat(labels)
+
+
+def predicted(model: nn.Module, images: Tensor) -> Tensor:
+    """A model's answers before it is repaired, for images without labels.
+
+    Args:
+        model: a classifier, which is asked in eval mode and left as it is.
+        images: (N, C, H, W) on any device, of any floating-point type.
+
+    Returns:
+        (N, classes) logits.
+    """
+    first = next(model.parameters(), torch.empty(0))
+    with intact(model), torch.no_grad():
+        return logits_of(model, images.to(first.device, first.dtype))
 
 
 def refuse_missing_classes(*parts: Tensor, num_classes: int) -> None:

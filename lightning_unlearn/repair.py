@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from lightning_unlearn.auditor import Auditor, Progress
 from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.draw import Draw, ImagesAndLabels, Split, refuse_missing_classes
+from lightning_unlearn.draw import Draw, ImagesAndLabels, Split, predicted, refuse_missing_classes
 from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
@@ -152,7 +152,7 @@ def repair(
     )
     draw = Draw.of(
         dataset,
-        lambda images: _predicted(model, images),
+        lambda images: predicted(model, images),
         samples_per_class=samples_per_class,
         share=share,
         validation_share=validation_share,
@@ -297,13 +297,6 @@ def _audit(
         model=model,
         on_progress=on_progress,
     )
-
-
-def _predicted(model: nn.Module, images: Tensor) -> Tensor:
-    """A model's answers before it is repaired, for images without labels."""
-    first = next(model.parameters(), torch.empty(0))
-    with intact(model), torch.no_grad():
-        return logits_of(model, images.to(first.device, first.dtype))
 
 
 def _is_as_before(model: nn.Module, original: Mapping[str, Tensor]) -> bool:

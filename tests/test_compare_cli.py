@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import Dataset
 
 from lightning_unlearn import entry
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.cli import main
 from lightning_unlearn.compare_cli import choose_methods
-from lightning_unlearn.data import DigitsDataModule
+from lightning_unlearn.data import Digits, DigitsDataModule
 from lightning_unlearn.methods import FineTuning, GradPrune, MaskPrune, RepairMethod
 from lightning_unlearn.roster import method_names
 
@@ -57,6 +58,19 @@ class Fails(RepairMethod):
             task.model.classify.weight.zero_()
         raise ValueError("model: Fails needs wheels; FineTuning works without")
         yield
+
+
+class Unlabelled(Dataset[torch.Tensor]):
+    """Digits without their labels."""
+
+    def __init__(self) -> None:
+        self.digits = Digits(part="holdout", size=16)
+
+    def __len__(self) -> int:
+        return len(self.digits)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.digits[index][0]
 
 
 class Interrupted(RepairMethod):
@@ -136,6 +150,14 @@ def test_one_failing_method_costs_nothing(victim, monkeypatch):
         "lightning-unlearn", "compare", "--config=compare.yaml", "--ckpt_path=original.ckpt", "--output-dir=out"
     ])  # fmt: skip
     assert entry.run() is None
+
+
+def test_images_without_labels(victim, capsys):
+    write("compare.yaml", methods=[PRUNE], clean_data={"class_path": f"{__name__}.Unlabelled"})
+    done = compare("--save-best", config="compare.yaml")
+    assert done.labels == done.best.report.labels == "predicted"
+    assert json.loads(Path("out/comparison.json").read_text())["labels"] == "predicted"
+    assert "own answers stand in" in re.sub(r"\s+", " ", capsys.readouterr().out)
 
 
 def test_only_failures(victim):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from lightning_unlearn import Report, repair
 from lightning_unlearn.comparison import Comparison, Entry, compare
@@ -225,7 +225,9 @@ def test_markdown(done):
 
 def test_cells_of_names_with_bars():
     entry = Entry("My(a='|')", "My", {}, False, 0.1, error="no")
-    comparison = Comparison("T", 0, None, 0, "validation", dict.fromkeys(("acc", "asr", "ra"), 0.5), {}, (entry,))
+    comparison = Comparison(
+        "T", 0, None, 0, "validation", dict.fromkeys(("acc", "asr", "ra"), 0.5), {}, entries=(entry,)
+    )
     assert r"My(a='\|')" in str(comparison)
     assert "? clean images per class" in comparison.title
 
@@ -292,6 +294,37 @@ def test_a_plain_module_without_test_images(make_net, make_clean, left_alone):
         )
     assert comparison.measured_on == "validation"
     assert isinstance(comparison.entries[0].report, Report)
+
+
+class Images(Dataset):
+    """The images of a dataset alone."""
+
+    def __init__(self, labelled):
+        self.labelled = labelled
+
+    def __len__(self):
+        return len(self.labelled)
+
+    def __getitem__(self, index):
+        return self.labelled[index][0]
+
+
+def test_images_alone_are_enough(digits_victim, left_alone):
+    net = digits_victim.fresh().eval()
+    with left_alone(net):
+        options = {"trigger": digits_victim.trigger, "samples_per_class": 4}
+        done = compare(net, Images(digits_victim.holdout), methods=[PRUNE, Breaks()], **options)
+    assert done.before["acc"] == 1.0  # the model agrees with itself
+    assert done.labels == "predicted"
+    assert [entry["labels"] for entry in done.to_dict()["methods"]] == ["predicted", "predicted"]
+    assert done.to_dict()["labels"] == "predicted"
+    assert any("own answers stand in" in note for note in done.notes())
+    assert done.best.report.after["asr"] < 0.5 < done.before["asr"]
+
+
+def test_labels_that_are_given_need_no_word(done):
+    assert done.labels == "given"
+    assert not any("stand in" in note for note in done.notes())
 
 
 def test_the_same_again(digits_victim, done):
