@@ -20,7 +20,6 @@ from rich.console import Console
 from lightning_unlearn.callback import BackdoorUnlearning
 from lightning_unlearn.checkpoint import repaired_checkpoint
 from lightning_unlearn.comparison import Comparison, Entry, compare_split
-from lightning_unlearn.data.clean import CleanImages
 from lightning_unlearn.files import refuse_used_folder, write_whole
 from lightning_unlearn.methods import MaskPrune, RepairMethod
 from lightning_unlearn.offline import CheckpointCLI, CheckpointJob, load_into, with_output_dir
@@ -158,13 +157,7 @@ def _compare(
     console: Console,
 ) -> Comparison:
     """Compare on the Trainer's device; every process does the same, and the first one tells of it."""
-    clean = CleanImages(
-        unlearning.clean_data,
-        model,
-        samples_per_class=unlearning.samples_per_class,
-        validation_share=unlearning.validation_share,
-        seed=unlearning.seed,
-    )
+    clean = unlearning.clean_images(model)
     assert unlearning.trigger is not None  # `compare` has refused it
     trigger = clean.fit_trigger(unlearning.trigger)
     labels = method_labels(methods)
