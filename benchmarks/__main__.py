@@ -60,9 +60,8 @@ def main() -> None:
     if options.command == "plot":
         plot(lines, options.picture)
         return
-    for (network, size), found in by_setting(lines).items():
-        heading = f"### {network}, {size} clean images per class"
-        print(heading, summary(found), cell_table(found), sep="\n\n", end="\n\n")
+    for setting, found in by_setting(lines).items():
+        print(f"### {setting}", summary(found), cell_table(found), sep="\n\n", end="\n\n")
 
 
 if __name__ == "__main__":

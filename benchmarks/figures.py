@@ -18,7 +18,7 @@ _ABREAST = 3  # panels in a row
 
 
 def plot(lines: list[dict[str, Any]], path: Path) -> None:
-    """One point a cell, one panel a network and number of images per class; good is the lower left corner."""
+    """One point a cell, one panel a network, number of images per class and draw; good is the lower left corner."""
     settings = by_setting(line for methods in by_draw(lines).values() for line in methods.values())
     rows = math.ceil(len(settings) / _ABREAST)
     columns = math.ceil(len(settings) / rows)
@@ -26,7 +26,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels[len(settings) :]:
         axes.remove()
-    for axes, ((network, size), found) in zip(panels, settings.items(), strict=False):
+    for axes, (setting, found) in zip(panels, settings.items(), strict=False):
         for number, name in enumerate(METHODS):
             points = [
                 (100 * (line["before"]["acc"] - line["after"]["acc"]), 100 * line["after"]["asr"])
@@ -43,7 +43,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
                     s=60 if ours else 30,
                     zorder=3 if ours else 2,
                 )
-        axes.set(xlabel="ACC drop, points ↓", ylabel="ASR, % ↓", title=f"{network}, {size} clean images per class")
+        axes.set(xlabel="ACC drop, points ↓", ylabel="ASR, % ↓", title=setting)
         axes.set_xscale("symlog", linthresh=5)
         axes.set_yscale("symlog", linthresh=5)
         axes.grid(color="0.9")

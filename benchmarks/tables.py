@@ -35,12 +35,15 @@ def by_draw(lines: Iterable[Line]) -> dict[str, dict[str, Line]]:
     return dict(draws)
 
 
-def by_setting(lines: Iterable[Line]) -> dict[tuple[str, int], list[Line]]:
-    """Lines by network and images per class, in that order: what may be averaged."""
-    settings: dict[tuple[str, int], list[Line]] = defaultdict(list)
+def by_setting(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    """Lines by network, images per class and draw, in words and in that order: what may be averaged."""
+    settings: dict[tuple[str, int, int], list[Line]] = defaultdict(list)
     for line in lines:
-        settings[line["victim"]["network"], line["samples_per_class"]].append(line)
-    return dict(sorted(settings.items()))
+        settings[line["victim"]["network"], line["samples_per_class"], line["seed"]].append(line)
+    return {
+        f"{network}, {size} clean images per class" + (f", draw {seed}" if seed else ""): found
+        for (network, size, seed), found in sorted(settings.items())
+    }
 
 
 def complete(lines: Iterable[Line]) -> dict[str, list[Line]]:

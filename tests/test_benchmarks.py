@@ -110,15 +110,16 @@ def test_only_methods_that_ran_on_all_draws_are_averaged():
     assert {name: len(found) for name, found in tables.complete(lines).items()} == {"MaskPrune": 2, "FT": 2}
 
 
-def test_networks_and_numbers_of_images_are_apart():
+def test_networks_numbers_of_images_and_draws_are_apart():
     other = line(spc=2)
     other["victim"] = {**other["victim"], "network": "mobilenet"}
-    lines = [line(), line(spc=2), other, line("FT")]
-    assert tables.by_setting(lines) == {
-        ("mobilenet", 2): [other],
-        ("vgg", 2): [lines[1]],
-        ("vgg", 10): [lines[0], lines[3]],
-    }
+    lines = [line(), line(spc=2), other, line("FT"), {**line(), "seed": 1}]
+    assert list(tables.by_setting(lines).items()) == [
+        ("mobilenet, 2 clean images per class", [other]),
+        ("vgg, 2 clean images per class", [lines[1]]),
+        ("vgg, 10 clean images per class", [lines[0], lines[3]]),
+        ("vgg, 10 clean images per class, draw 1", [lines[4]]),
+    ]
 
 
 def test_a_picture(tmp_path):
