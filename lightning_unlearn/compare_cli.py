@@ -25,7 +25,7 @@ from lightning_unlearn.methods import MaskPrune, RepairMethod
 from lightning_unlearn.offline import CheckpointCLI, CheckpointJob, load_into, with_output_dir
 from lightning_unlearn.progress import round_progress
 from lightning_unlearn.repair import Split
-from lightning_unlearn.roster import default_methods, method_labels, method_names, refuse_no_methods
+from lightning_unlearn.roster import default_methods, full_name, method_labels, method_names, refuse_no_methods
 
 __all__ = ["choose_methods", "compare"]
 
@@ -41,8 +41,8 @@ class _CompareCLI(CheckpointCLI):
             "--methods",
             type=list[RepairMethod] | None,
             default=None,
-            help="Names of the methods to compare, all by default. In YAML it is a list, whose entries may have a "
-            "class_path and init_args, so that settings of one method can be compared.",
+            help="Names of the methods to compare, all by default; abbreviations such as ANP will do. In YAML it is a "
+            "list, whose entries may have a class_path and init_args, so that settings of one method can be compared.",
         )
         parser.add_argument(
             "--save_best",
@@ -113,8 +113,8 @@ def choose_methods(
     """The methods to compare.
 
     Args:
-        names: those named on the command line, if any. Each stands for all entries of that name in ``listed``, else for
-            ``configured`` if it is of that name, else for the method with its defaults.
+        names: those named on the command line, if any, maybe by their abbreviation. Each stands for all entries of that
+            name in ``listed``, else for ``configured`` if it is of that name, else for the method with its defaults.
         listed: the ``methods`` of the configuration, which are taken as they are where there are no ``names``.
         configured: the ``unlearning.method``. Without ``names`` and ``listed`` it stands beside the defaults of all
             other methods.
@@ -126,15 +126,15 @@ def choose_methods(
         refuse_no_methods(listed)
         return list(listed)
     chosen: list[RepairMethod] = []
-    own = [*(listed or ()), configured]
+    own = {method.name for method in (*(listed or ()), configured)}
     if names is None:
         names = list(dict.fromkeys([*method_names(), configured.name]))
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(name if name in own else full_name(name) for name in names):
         of_name = [method for method in listed or () if method.name == name]
         if not of_name and configured.name == name:
             of_name = [configured]
         if not of_name and name not in method_names():
-            known = sorted({*method_names(), *(method.name for method in own)})
+            known = sorted({*method_names(), *own})
             raise ValueError(f"methods: there is no method {name!r}; expected some of {', '.join(known)}.")
         chosen += of_name or default_methods([name])
     return chosen

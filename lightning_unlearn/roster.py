@@ -10,7 +10,31 @@ from typing import Any
 from lightning_unlearn import methods
 from lightning_unlearn.methods import RepairMethod
 
-__all__ = ["SHORTENED", "arguments_of", "default_methods", "method_labels", "method_names", "refuse_no_methods"]
+__all__ = [
+    "ABBREVIATIONS",
+    "SHORTENED",
+    "arguments_of",
+    "default_methods",
+    "full_name",
+    "method_labels",
+    "method_names",
+    "refuse_no_methods",
+]
+
+ABBREVIATIONS = {
+    "AGE": "ActivationGuidedEditing",
+    "ANP": "AdversarialNeuronPruning",
+    "CLP": "ChannelLipschitzPruning",
+    "FP": "FinePruning",
+    "FT": "FineTuning",
+    "FT-SAM": "SharpnessAwareFineTuning",
+    "I-BAU": "ImplicitBackdoorUnlearning",
+    "IMS": "InvertedMaskSelection",
+    "NAD": "NeuralAttentionDistillation",
+    "RNP": "ReconstructiveNeuronPruning",
+    "SAU": "SharedAdversarialUnlearning",
+}
+"""What papers, and the tables here, call the published methods."""
 
 SHORTENED: dict[str, dict[str, Any]] = {
     "AdversarialNeuronPruning": {"steps": 100, "learning_rate": 0.2},
@@ -41,19 +65,32 @@ def method_names() -> list[str]:
     )
 
 
+def full_name(name: str) -> str:
+    """The name of the method that an abbreviation stands for, in any case of letters; other names stay as they are.
+
+    Example:
+        >>> from lightning_unlearn.roster import full_name
+        >>> full_name("ft-sam"), full_name("MaskPrune")
+        ('SharpnessAwareFineTuning', 'MaskPrune')
+    """
+    return ABBREVIATIONS.get(name.upper(), name)
+
+
 def default_methods(names: Sequence[str] | None = None) -> list[RepairMethod]:
     """Methods of :mod:`lightning_unlearn.methods` with their default arguments, all of them by default.
 
-    Those whose published defaults take far longer than the rest are :data:`SHORTENED`, which their label tells.
+    Names may be abbreviated as papers do (:data:`ABBREVIATIONS`). Methods whose published defaults take far longer than
+    the rest are :data:`SHORTENED`, which their label tells.
 
     Raises:
         ValueError: if a name is of none, listing those that there are.
     """
     known = method_names()
-    unknown = [name for name in names or () if name not in known]
+    wanted = known if names is None else [full_name(name) for name in names]
+    unknown = [name for name in wanted if name not in known]
     if unknown:
         raise ValueError(f"methods: there is no method {unknown[0]!r}; expected some of {', '.join(known)}.")
-    return [getattr(methods, name)(**SHORTENED.get(name, {})) for name in (known if names is None else names)]
+    return [getattr(methods, name)(**SHORTENED.get(name, {})) for name in wanted]
 
 
 def refuse_no_methods(given: Sequence[RepairMethod]) -> None:

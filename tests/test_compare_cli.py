@@ -234,6 +234,20 @@ def test_names_pick_what_is_configured():
     assert choose_methods(None, listed=[soft, hard], configured=own) == [soft, hard]
 
 
+def test_abbreviations_pick_the_same():
+    tune = FineTuning(max_epochs=1)
+    names = ["FT", "clp", "FineTuning"]
+    own, other = choose_methods(names, listed=None, configured=tune)
+    assert own is tune
+    assert other.name == "ChannelLipschitzPruning"
+
+
+def test_ones_own_method_may_be_called_like_an_abbreviation(monkeypatch):
+    monkeypatch.setattr(Fails, "name", "FT")
+    own = Fails()
+    assert choose_methods(["FT"], listed=None, configured=own) == [own]
+
+
 @pytest.mark.parametrize("trigger", [None, "auto"])
 def test_unknown_trigger(victim, trigger):
     """All methods must be compared by the same trigger, and an estimate is no measure of the real one."""

@@ -4,7 +4,15 @@ import pytest
 
 from lightning_unlearn import methods
 from lightning_unlearn.methods import FineTuning, GradPrune, MaskPrune, RepairMethod
-from lightning_unlearn.roster import arguments_of, default_methods, method_labels, method_names, refuse_no_methods
+from lightning_unlearn.roster import (
+    ABBREVIATIONS,
+    arguments_of,
+    default_methods,
+    full_name,
+    method_labels,
+    method_names,
+    refuse_no_methods,
+)
 
 
 class NeedsArguments(RepairMethod):
@@ -26,6 +34,21 @@ def test_every_public_method_is_known():
     assert {"FineTuning", "GradPrune", "MaskPrune"} <= expected
     assert "RepairMethod" not in expected
     assert method_names() == sorted(expected)
+
+
+@pytest.mark.parametrize(("given", "name"), list(ABBREVIATIONS.items()))
+def test_abbreviations_stand_for_methods_that_there_are(given, name):
+    assert name in method_names()
+    assert full_name(given) == full_name(given.lower()) == full_name(name) == name
+    assert given not in method_names()
+
+
+def test_other_names_stay_as_they_are():
+    assert [full_name(name) for name in ("MaskPrune", "anp2", "")] == ["MaskPrune", "anp2", ""]
+    assert [method.name for method in default_methods(["CLP", "FineTuning"])] == [
+        "ChannelLipschitzPruning",
+        "FineTuning",
+    ]
 
 
 def test_every_public_method_has_defaults_and_a_plain_label():
