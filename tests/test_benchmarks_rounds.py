@@ -34,7 +34,7 @@ def test_the_draw_and_the_images_that_rates_are_of_are_apart(monkeypatch, tmp_pa
         return Done()
 
     monkeypatch.setattr(rounds, "repair", fake)
-    table = list(rounds.rows(victim, tmp_path, force=True))
+    table = list(rounds.rows(victim, tmp_path))
     ((dataset, force),) = given
     assert isinstance(dataset, TensorDataset)
     assert force
