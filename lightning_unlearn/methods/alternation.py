@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, chec
 from lightning_unlearn.methods.mask_prune import MaskPrune
 from lightning_unlearn.methods.snapshot import Snapshot
 from lightning_unlearn.triggers import AdditiveTrigger, Trigger, TriggerPool
+from lightning_unlearn.verdict import Audit
 
 __all__ = ["Alternation"]
 
@@ -125,25 +127,27 @@ class Alternation(RepairMethod):
                 return
             if number == self.rounds:
                 return
-            with task.watch.measure("estimate"):
-                examine = partial(
-                    replace(self.auditor, seed=task.seed + number).audit,
-                    lambda images: task.forward(images.to(task.scoring.clean.dtype)),
-                    task.scoring.clean,
-                    task.scoring.labels,
-                    held_out=task.validation.clean,
-                    normalization=task.trigger.normalization,
-                    model=task.model,
-                    classes=watched,
-                    usual=usual,
-                    start=known if self.warm_start else (),
-                    on_progress=task.on_progress,
-                )
-                found = task.processes.outcome_of_first(examine)
+            found = self._audit(task, number, classes=watched, usual=usual, start=known if self.warm_start else ())
             if found.score <= self.stop_score and not forced:
                 return
             pool += [estimate.trigger for estimate in found.estimates]
             known += found.estimates
+
+    def _audit(self, task: RepairTask, number: int, **options: Any) -> Audit:
+        """What some classes of the model look like after a repair, as the first process finds it."""
+        examine = partial(
+            replace(self.auditor, seed=task.seed + number).audit,
+            lambda images: task.forward(images.to(task.scoring.clean.dtype)),
+            task.scoring.clean,
+            task.scoring.labels,
+            held_out=task.validation.clean,
+            normalization=task.trigger.normalization,
+            model=task.model,
+            on_progress=task.on_progress,
+            **options,
+        )
+        with task.watch.measure("estimate"):
+            return task.processes.outcome_of_first(examine)
 
     def _task(self, task: RepairTask, pool: list[Trigger]) -> RepairTask:
         """The same task with images that carry the pool's triggers."""
