@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
+from lightning_unlearn.methods.second_derivative import TwiceDifferentiable, refuse_once
 from lightning_unlearn.methods.snapshot import Snapshot
 from lightning_unlearn.methods.training import batches
 
@@ -98,7 +99,8 @@ class ImplicitBackdoorUnlearning(RepairMethod):
         """Alternate ascent and descent, and leave the model as the kept round left it.
 
         Raises:
-            ValueError: if the images are not floating-point, or the loss does not depend on them.
+            ValueError: if the images are not floating-point, the loss does not depend on them, or something in the
+                model can be differentiated but once.
         """
         parameters: list[Tensor] = [p for p in task.model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
@@ -226,7 +228,7 @@ def hypergradient(
         One detached gradient for each of ``parameters``; 0 where the loss does not depend on it.
 
     Raises:
-        ValueError: if the loss does not depend on δ.
+        ValueError: if the loss does not depend on δ, or something in it can be differentiated but once.
 
     Example:
         >>> import torch
@@ -256,7 +258,10 @@ def _products(
     output: Tensor, inputs: Sequence[Tensor], vector: Tensor | None = None, *, keep: bool = True
 ) -> list[Tensor]:
     """vᵀ ∂output/∂input for each input."""
-    found: tuple[Tensor | None, ...] = torch.autograd.grad(output, inputs, vector, retain_graph=keep, allow_unused=True)
+    with refuse_once():
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            output, inputs, vector, retain_graph=keep, allow_unused=True
+        )
     return [torch.zeros_like(i) if gradient is None else gradient for i, gradient in zip(inputs, found, strict=True)]
 
 
@@ -284,7 +289,8 @@ def slope_of(loss: Tensor, delta: Tensor, *, graph: bool = False) -> Tensor:
 
 
 def _loss(task: RepairTask, pairs: Pairs, unit: Tensor, delta: Tensor) -> Tensor:
-    return F.cross_entropy(logits_of(task.forward, pairs.clean + unit * delta), pairs.labels)
+    with TwiceDifferentiable():
+        return F.cross_entropy(logits_of(task.forward, pairs.clean + unit * delta), pairs.labels)
 
 
 def _norm(tensor: Tensor) -> Tensor:

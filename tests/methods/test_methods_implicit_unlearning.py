@@ -5,8 +5,12 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
+from torch.utils.data import TensorDataset
+from torchvision.models import mobilenet_v3_small
 
+from lightning_unlearn import repair
 from lightning_unlearn.evaluation import Evaluation
 from lightning_unlearn.methods import RepairTask, implicit_unlearning
 from lightning_unlearn.methods.implicit_unlearning import ImplicitBackdoorUnlearning, PixelRange, hypergradient
@@ -241,3 +245,58 @@ def test_pixel_range():
 def test_hyper_parameters(options, match):
     with pytest.raises(ValueError, match=match):
         ImplicitBackdoorUnlearning(**options)
+
+
+# Second derivatives
+
+
+class Squashed(nn.Module):
+    """An activation that torch differentiates but once, or the same in other words."""
+
+    def __init__(self, *, fused):
+        super().__init__()
+        self.fused = fused
+
+    def forward(self, x):
+        return F.hardsigmoid(x) if self.fused else F.relu6(x + 3) / 6
+
+
+class Once(nn.Module):
+    """The same by a way on which nothing can be put in other words."""
+
+    def forward(self, x):
+        return torch.ops.aten.hardsigmoid(x)
+
+
+def with_activation(activation):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), activation, nn.Flatten(), nn.Linear(4 * 36, 4))
+
+
+def test_an_activation_that_torch_differentiates_once_is_put_in_other_words(make_task, make_clean):
+    states = []
+    for fused in (True, False):
+        net = with_activation(Squashed(fused=fused))
+        list(ibau(learning_rate=0.01).repair(make_task(net, make_clean(8), PatchTrigger(target=1))))
+        states.append(state(net))
+    assert all(torch.allclose(states[0][name], states[1][name], atol=1e-5) for name in states[0])
+
+
+def test_a_mobilenet_is_repaired(make_clean):
+    net = mobilenet_v3_small(num_classes=4, width_mult=0.5)
+    before, (images, labels) = state(net), make_clean(4, channels=3).tensors
+    clean = TensorDataset(F.interpolate(images, size=32), labels)
+    repair(
+        net, clean, trigger=PatchTrigger(), method=ibau(rounds=1, learning_rate=0.01), force=True, samples_per_class=4
+    )
+    assert not same(before, state(net))
+
+
+def test_what_can_be_differentiated_only_once_is_refused(make_clean, left_alone):
+    net = with_activation(Once()).eval()
+    with (
+        left_alone(net),
+        pytest.raises(ValueError, match=r"^model: .* twice, .*`terms=0`.*SharedAdversarialUnlearning"),
+    ):
+        repair(net, make_clean(5), trigger=PatchTrigger(), method=ibau(), force=True, samples_per_class=4)
+    repair(net, make_clean(5), trigger=PatchTrigger(), method=ibau(terms=0), force=True, samples_per_class=4)
