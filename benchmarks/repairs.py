@@ -58,20 +58,31 @@ def run(
         cache: where victims are kept.
         test_images: how many test images rates are measured on, the first ones.
         workers: processes, each with one thread.
+
+    Raises:
+        RuntimeError: when all others are done, if a cell failed, naming it and why.
     """
     done = {_key(line) for line in stored(path)}
     left = [cell for cell in cells if _key(_described(cell, test_images)) not in done]
     with _pool(workers) as pool:
         # First, since no two processes should train the same victim.
         list(pool.map(partial(_train, cache=cache), dict.fromkeys(cell.victim for cell in left)))
-        running = [pool.submit(_repair, cell, cache, test_images) for cell in left]
+        running = {pool.submit(_repair, cell, cache, test_images): cell for cell in left}
+        failed: list[str] = []
         try:
             for finished in as_completed(running):
+                error, cell = finished.exception(), running[finished]
+                if error is not None:
+                    what = f"{cell.victim.attack} {cell.method}, {cell.samples_per_class} images per class"
+                    failed.append(f"{what}: {type(error).__name__}: {error}")
+                    continue
                 line = finished.result()
                 append(path, json.dumps(line))
                 yield line
         finally:
             pool.shutdown(cancel_futures=True)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(left)} cells failed: " + "; ".join(failed))
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

@@ -73,6 +73,16 @@ def test_a_run_keeps_whole_lines_and_resumes(tmp_path):
     assert [path.suffix for path in (tmp_path / "victims").iterdir()] == [".safetensors"]
 
 
+def test_a_cell_that_fails_costs_no_other(tmp_path):
+    results = tmp_path / "results.jsonl"
+    cells = [matrix.Cell(TINY, "CLP", 1, 0), matrix.Cell(TINY, "CLP", 2, 0)]  # one image cannot be scored and validate
+    run = repairs.run(iter(cells), path=results, cache=tmp_path / "victims", test_images=50)
+    assert next(run)["samples_per_class"] == 2
+    with pytest.raises(RuntimeError, match=r"^1 of 2 cells failed: badnets CLP, 1 images per class: ValueError: sam"):
+        next(run)
+    assert len(results.read_text().splitlines()) == 1
+
+
 def test_a_victim_is_trained_once(tmp_path):
     net = victims.train(TINY, tmp_path)
     (path,) = tmp_path.iterdir()
