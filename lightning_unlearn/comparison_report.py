@@ -72,10 +72,10 @@ class Comparison:
         measured_on: ``"test"`` or ``"validation"``, as reports have it.
         before: ACC, ASR and RA of the untouched model there.
         held_before: what :attr:`Entry.held` has, of the untouched model.
-        labels: ``"predicted"`` if the clean images have none and the untouched model's answers stand in.
         entries: one for each method, in the order in which they ran.
         left_out: labels of methods that have not run, because the comparison is going on or was interrupted.
         weights: the state of the model as the best method left it, on the CPU; None if none repaired it.
+        labels: ``"predicted"`` if the clean images have none and the untouched model's answers stand in.
     """
 
     trigger: str
@@ -85,10 +85,10 @@ class Comparison:
     measured_on: str
     before: Mapping[str, float]
     held_before: Mapping[str, float]
-    labels: Literal["given", "predicted"] = "given"
     entries: tuple[Entry, ...] = ()
     left_out: tuple[str, ...] = ()
     weights: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    labels: Literal["given", "predicted"] = "given"
     schema_version: int = 1
 
     @property
