@@ -179,16 +179,21 @@ class MaskPrune(RepairMethod):
 
     def _cut(self, task: RepairTask, masks: Tensor, floor: float, *, below: float) -> None:
         """Leave of the masks what ``cut`` says, in the model."""
+        # What was pruned before has no gradient, so that its mask says nothing.
+        gone = task.mask.flat(masks.device)
+        earlier = len(task.mask.pruned)
         if self.cut != "hard":
             task.mask.fold(masks)
         if self.cut == "soft":
             return
-        lowest_first = [task.mask.locate(index) for index in masks.argsort(stable=True).tolist()]
-        done, lowered = len(task.mask.pruned), int((masks < (1 if self.cut == "hard" else below)).sum())
+        order = masks.masked_fill(gone, torch.inf).argsort(stable=True)[: len(masks) - earlier]
+        lowest_first = [task.mask.locate(index) for index in order.tolist()]
+        done = len(task.mask.pruned) - earlier
+        lowered = int(((masks < (1 if self.cut == "hard" else below)) & ~gone).sum())
         best_loss, kept = _loss(task.measure()), task.mask.steps
         allowed = best_loss + self.slack if self.cut == "mixed" else best_loss
         for count in _growing(done, lowered):
-            task.mask.prune(lowest_first[len(task.mask.pruned) : count])
+            task.mask.prune(lowest_first[len(task.mask.pruned) - earlier : count])
             now = task.measure()
             loss = _loss(now)
             if loss <= allowed and now.acc >= floor:
@@ -265,10 +270,11 @@ class MaskPrune(RepairMethod):
 
 
 def _flipped_and_shifted(task: RepairTask, pairs: Pairs, generator: torch.Generator) -> Pairs:
-    """This process's share of pairs, made anew; drawn for all of them, so that every process draws the same."""
-    share = task.processes.share(len(pairs))
-    images, pairs = flip_and_shift(pairs.clean, generator)[share], pairs[share]
-    return Pairs(images, task.trigger(images), pairs.labels, pairs.targets) if len(pairs) else pairs
+    """This process's share of pairs, made anew; all are made, so that every process draws the same."""
+    images = flip_and_shift(pairs.clean, generator)
+    # All are stamped, since a pool deals its triggers, and their targets, out by an image's place in the batch.
+    targets = task.trigger.targets(pairs.labels, task.answers.shape[1])
+    return Pairs(images, task.trigger(images), pairs.labels, targets)[task.processes.share(len(pairs))]
 
 
 def _sent_to_target(logits: Tensor, targets: Tensor, answers: Tensor) -> Tensor:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_unlearn import repair
 from lightning_unlearn.auditor import Auditor
-from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, MaskPrune, RepairMethod
+from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, MaskPrune, RepairMethod, mask_prune
 from lightning_unlearn.triggers import AdditiveTrigger, PatchTrigger, TriggerPool
 from lightning_unlearn.triggers.inversion import Estimate
 from lightning_unlearn.verdict import Audit, ClassAudit, Usual
@@ -281,6 +282,28 @@ def test_all_suspects_join_the_pool(task, monkeypatch):
         for place in range(3):
             own = pairs[place::3]
             torch.testing.assert_close(own.triggered, pool[place](own.clean))
+
+
+@pytest.mark.filterwarnings("ignore:The .* has no image to count")
+@pytest.mark.parametrize("shares", [1, 2])
+def test_images_made_anew_go_to_the_class_of_the_trigger_that_they_carry(task, monkeypatch, shares):
+    # A trigger is dealt out by an image's place in a batch, which is another one when the batch is shuffled or cut.
+    pool = [AdditiveTrigger((c + 1) / 10 * torch.ones(1, 4, 4), target=c) for c in range(3)]
+    stage = Alternation(strength=1.0)._task(task, pool)
+    monkeypatch.setattr(mask_prune, "flip_and_shift", lambda images, generator: 0 * images)
+    chosen = torch.randperm(len(stage.scoring), generator=torch.Generator().manual_seed(0))[:14]
+    made = []
+    for number in range(shares):
+        stage.processes = SimpleNamespace(
+            share=lambda total, n=number: slice(n * total // shares, (n + 1) * total // shares)
+        )
+        made.append(mask_prune._flipped_and_shifted(stage, stage.scoring[chosen], torch.Generator()))
+    images, targets, labels = (
+        torch.cat([getattr(part, name) for part in made]) for name in ("triggered", "targets", "labels")
+    )
+    assert targets.tolist() == [place % 3 for place in range(14)]
+    assert torch.equal(labels, stage.scoring.labels[chosen])
+    torch.testing.assert_close(images[:, 0, 0, 0], (targets + 1) / 10)
 
 
 def test_of_one_backdoor_targets_are_the_tasks_own(task, monkeypatch):
