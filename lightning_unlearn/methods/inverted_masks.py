@@ -158,7 +158,7 @@ class InvertedMaskSelection(RepairMethod):
             victim = logits_of(task.forward, moved)
             with task.mask.scaled(1 - masks):
                 inverse = logits_of(task.forward, moved)
-            return -_disagreement(inverse, victim.softmax(1)) - anything_but(victim, answers.argmax(1)).mean()
+            return -_divergence(inverse, victim) - anything_but(victim, answers.argmax(1)).mean()
 
         return sign_ascent(
             gain, images, pixels, epsilon=self.epsilon, steps=self.attack_steps, step_size=self.attack_step_size
@@ -188,6 +188,14 @@ class InvertedMaskSelection(RepairMethod):
 def _disagreement(logits: Tensor, wanted: Tensor) -> Tensor:
     """Mean KL(wanted ‖ answers) for (B, C) logits and probabilities."""
     return F.kl_div(logits.log_softmax(1), wanted, reduction="batchmean")
+
+
+def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+    """The same for two times (B, C) logits, with a gradient in both, however sure the network is.
+
+    A probability that underflowed to 0 has none that is a number.
+    """
+    return F.kl_div(logits.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
 
 
 def _gradient(loss: Tensor, masks: Tensor) -> Tensor:

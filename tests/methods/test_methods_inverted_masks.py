@@ -10,6 +10,7 @@ from torch import nn
 from lightning_unlearn.evaluation import Evaluation
 from lightning_unlearn.methods import RepairTask
 from lightning_unlearn.methods.inverted_masks import InvertedMaskSelection
+from lightning_unlearn.methods.implicit_unlearning import PixelRange
 from lightning_unlearn.triggers import PatchTrigger
 
 NETS = ("preact", "vgg", "grouped", "plain", "group_norm")
@@ -115,6 +116,19 @@ def test_two_steps_by_hand(new_task, perturb):
     assert torch.allclose(learned, wanted, atol=1e-4)
     assert torch.equal(folded, learned)
     assert 0 < (wanted > 0.6).sum() < 11
+
+
+def test_images_of_which_the_victim_is_sure_are_perturbed_too(new_task):
+    # The probabilities of the other classes are 0 in float32, and so is the slope of what is left without them.
+    task = new_task()
+    with torch.no_grad():
+        task.model[-1].weight.mul_(1e4)
+    images, masks = task.scoring.clean, torch.full((task.mask.total,), 0.7)
+    with torch.no_grad():
+        answers = task.model(images).softmax(1)
+    assert (answers.amin(1) == 0).all()
+    moved = ims()._perturb(task, masks, images, answers, PixelRange.of(images))
+    assert all(one.any() for one in moved - images)
 
 
 @pytest.mark.parametrize("name", NETS)
