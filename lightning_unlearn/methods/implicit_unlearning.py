@@ -103,7 +103,9 @@ class ImplicitBackdoorUnlearning(RepairMethod):
                 model can be differentiated but once.
         """
         parameters: list[Tensor] = [p for p in task.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
+        # In half precision Adam's usual 1e-8 is 0, by which it would divide.
+        eps = max([1e-8, *(torch.finfo(p.dtype).tiny for p in parameters)])
+        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, eps=eps)
         unit = PixelRange.of(task.scoring.clean).unit
         floor = task.before.acc - self.accuracy_drop - 1e-6  # accuracies come as float32
         kept = Snapshot(parameters)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -172,6 +173,19 @@ def test_a_known_backdoor_goes(hand_victim, make_task):
     now = task.measure()
     assert (task.before.asr, now.asr) == (1.0, 0.0)
     assert now.acc >= 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(new_task, dtype):
+    # Adam's usual epsilon is 0 there.
+    task = new_task("plain")
+    task.model.to(dtype)
+    task.scoring, task.validation = (part.to("cpu", dtype) for part in (task.scoring, task.validation))
+    before = state(task.model)
+    done = list(ibau(learning_rate=0.01).repair(task))
+    assert all(math.isfinite(each.val_loss) for each in done)
+    assert all(tensor.isfinite().all() for tensor in task.model.state_dict().values())
+    assert not same(state(task.model), before)
 
 
 # What is kept
