@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "Entry"]
 
+_UNTOUCHED = 0.5  # the DER of a model that nothing was done to
 _COLUMNS = ("method", "told", "ACC ↑", "ASR ↓", "RA ↑", "DER ↑", "held", "pruned", "s")
 
 
@@ -93,9 +94,10 @@ class Comparison:
 
     @property
     def best(self) -> Entry | None:
-        """The best of those that repaired the model, the first of equals; None if none did."""
+        """The best of those that made the model better, the first of equals; None if none did."""
         repaired = [entry for entry in self.entries if entry.report and entry.report.status == "repaired"]
-        return max(repaired, key=lambda entry: entry.worth, default=None)
+        better = [entry for entry in repaired if entry.worth[0] > _UNTOUCHED]
+        return max(better, key=lambda entry: entry.worth, default=None)
 
     @property
     def ranked(self) -> tuple[Entry, ...]:
@@ -165,7 +167,7 @@ class Comparison:
         if self.labels == "predicted":
             notes.append("The clean images have no labels: the untouched model's own answers stand in for them.")
         best = self.best
-        notes += [f"★ best: {best.label}."] if best else ["No method repaired the model."]
+        notes += [f"★ best: {best.label}."] if best else ["No method made the model better than it was."]
         if any(entry.report and entry.report.status == "not backdoored" for entry in self.entries):
             notes.append("Left alone: the trigger's ASR on the clean images is already low; pass force=True to go on.")
         notes += [f"{entry.label} failed: {entry.error}" for entry in self.ranked if entry.error]

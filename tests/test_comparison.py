@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_nothing_but_failures(digits_victim, left_alone):
     with left_alone(net):
         comparison = on_digits(digits_victim, [Breaks()], net=net)
     assert (comparison.best, comparison.weights) == (None, None)
-    assert "No method repaired the model." in str(comparison)
+    assert "No method made the model better than it was." in str(comparison)
 
 
 def test_a_method_that_leaves_other_tensors(digits_victim):
@@ -253,6 +254,18 @@ def test_a_model_that_is_not_backdoored(digits_victim):
     assert comparison.entries[0].report.status == "not backdoored"
     assert comparison.best is None
     assert "Left alone" in str(comparison)
+
+
+@pytest.mark.parametrize("der", [0.3, 0.5, math.nan])
+def test_what_made_the_model_worse_is_never_the_best(done, der):
+    worse = [replace(entry, held=entry.held | {"der": der}) for entry in done.entries if entry.held]
+    assert any(entry.report.status == "repaired" for entry in worse)
+    comparison = replace(done, entries=tuple(worse))
+    assert comparison.best is None
+    assert comparison.to_dict()["best"] is None
+    assert "No method made the model better" in str(comparison)
+    good = replace(worse[0], held=worse[0].held | {"der": 0.6})
+    assert comparison.outdone_by(good) == (good.report.status == "repaired")
 
 
 def _innocent(victim):
