@@ -56,9 +56,10 @@ class FilterLayer:
         name: the convolution's qualified name in the model.
         convolution: the convolution module (any of ``Conv1d`` to ``ConvTranspose3d``).
         norms: γ and β of every norm that consumes the convolution's channels one to one.
-        offsets: running mean and β of those norms, if the channel cannot be scaled by γ and β: because a norm has none,
-            or because the convolution's output also goes elsewhere, as in the stem of a pre-activation ResNet. A
-            norm passes a scaled filter's scale on if its running mean and β are scaled, too.
+        offsets: what of those norms is scaled along with the filter, if the channel cannot be scaled by γ and β alone:
+            because a norm has none, or because the convolution's output also goes elsewhere, as in the stem of a
+            pre-activation ResNet. A norm passes a scaled filter's scale on if its running mean and β are scaled, too;
+            one that takes its statistics from the image takes the scale out again, so that γ and β are scaled.
     """
 
     name: str
@@ -115,7 +116,8 @@ class FilterLayer:
         """What to substitute so that channel ``c`` is multiplied by ``scales[c]``, differentiably.
 
         Yields (tensor, scaled copy) pairs: :attr:`gates` where there are any, else weight, bias and :attr:`offsets`,
-        which comes to the same.
+        which comes to the same, but for a GroupNorm or LayerNorm beside a path around it: a scaled channel counts less
+        in their statistics, and comes out smaller than it should.
 
         Args:
             scales: (channels,) factors.

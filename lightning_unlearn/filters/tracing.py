@@ -216,7 +216,8 @@ def _norms_by_convolution(model: nn.Module, origins: _Origins) -> tuple[_ByConvo
             position = None if origin is None else _position(origin.axis, tensor, arguments)
             if origin is not None and position is not None:
                 channels = ChannelTensor(*owners[id(tensor)], axis=position)
-                is_offset = role != "weight" and arguments.get("running_mean") is not None
+                # Without a running mean a norm takes the filter's scale out again, so that γ must bring it back.
+                is_offset = role != "weight" or arguments.get("running_mean") is None
                 found[id(tensor)] = (origin.convolution, role != "running_mean", is_offset, channels)
     norms: _ByConvolution = {}
     offsets: _ByConvolution = {}

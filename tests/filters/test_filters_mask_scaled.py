@@ -45,6 +45,43 @@ def test_fold_leaves_what_scaled_showed_in_other_nets(make_net, name, channels):
     assert mask.pruned == ()
 
 
+class Around(nn.Module):
+    """A stem whose channels also go past the norm that consumes them."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3)
+        self.norm = norm
+
+    def forward(self, images):
+        past = self.stem(images)
+        self.shown = past, self.norm(past)
+        return torch.cat(self.shown, 1).mean((2, 3))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True), nn.GroupNorm(2, 4)], ids=str)
+def test_a_channel_is_scaled_past_its_norm_too(norm, factor):
+    torch.manual_seed(0)
+    nn.init.uniform_(norm.weight, 0.5, 2.0)
+    nn.init.uniform_(norm.bias, -1.0, 1.0)
+    net, batch = Around(norm).eval(), torch.rand(2, 1, 8, 8)
+    mask = FilterMask(find_filters(net, batch))
+    scales = torch.tensor([factor, 1.0, 1.0, 1.0])
+    with torch.no_grad():
+        net(batch)
+        around, through = (shown[:, 0] for shown in net.shown)
+        with mask.scaled(scales):
+            answers = net(batch)
+        torch.testing.assert_close(net.shown[0][:, 0], factor * around)
+        if not isinstance(norm, nn.GroupNorm):  # in whose statistics a scaled channel counts less
+            torch.testing.assert_close(net.shown[1][:, 0], factor * through, rtol=0.01, atol=1e-3)
+        elif factor == 0:
+            assert not net.shown[1][:, 0].any()
+        mask.fold(scales)
+        assert torch.equal(net(batch), answers)
+
+
 def test_fold_by_one_changes_no_output():
     net, batch = build(), images()
     before = net(batch)

@@ -258,9 +258,10 @@ def test_scaling_an_output_that_also_goes_past_the_norm(affine):
         assert torch.equal(outputs[name][:, [0, 2]], before[name][:, [0, 2]])
 
 
-def test_a_group_norm_cannot_pass_a_filters_scale_on():
-    assert tensors_of(Stem(nn.GroupNorm(1, 3)), 1, 2, 6, 6, role="offsets") == {"stem": [], "conv1": []}
-    assert tensors_of(Stem(nn.GroupNorm(1, 3)), 1, 2, 6, 6, role="gates")["stem"] == ["norm1.weight", "norm1.bias"]
+def test_a_norm_of_the_image_takes_a_filters_scale_out_again():
+    offsets = tensors_of(Stem(nn.GroupNorm(1, 3)), 1, 2, 6, 6, role="offsets")
+    assert offsets == {"stem": ["norm1.weight", "norm1.bias"], "conv1": []}
+    assert tensors_of(Stem(nn.GroupNorm(1, 3)), 1, 2, 6, 6, role="gates") == {"stem": [], "conv1": []}
 
 
 def test_resnet18():

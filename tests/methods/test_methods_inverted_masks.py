@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_unlearn.evaluation import Evaluation
 from lightning_unlearn.methods import RepairTask
-from lightning_unlearn.methods.inverted_masks import InvertedMaskSelection
 from lightning_unlearn.methods.implicit_unlearning import PixelRange
+from lightning_unlearn.methods.inverted_masks import InvertedMaskSelection
 from lightning_unlearn.triggers import PatchTrigger
 
 NETS = ("preact", "vgg", "grouped", "plain", "group_norm")
