@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.matrix import METHODS
-from benchmarks.tables import by_draw, by_setting, method_name
+from benchmarks.tables import by_draw, by_setting, method_name, method_names
 
 __all__ = ["plot"]
 
@@ -18,8 +18,15 @@ _ABREAST = 3  # panels in a row
 
 
 def plot(lines: list[dict[str, Any]], path: Path) -> None:
-    """One point a cell, one panel a network, number of images per class and draw; good is the lower left corner."""
+    """One point a cell, one panel a network, number of images per class and draw; good is the lower left corner.
+
+    Raises:
+        ValueError: if no victim counts.
+    """
     settings = by_setting(line for methods in by_draw(lines).values() for line in methods.values())
+    if not settings:
+        raise ValueError(f"lines: no victim among {len(lines)} repairs has learned its backdoor; nothing can be shown.")
+    known = method_names(lines)
     rows = math.ceil(len(settings) / _ABREAST)
     columns = math.ceil(len(settings) / rows)
     figure = Figure(figsize=(5.5 * columns + 2.5, 5 * rows), layout="constrained")
@@ -27,7 +34,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     for axes in panels[len(settings) :]:
         axes.remove()
     for axes, (setting, found) in zip(panels, settings.items(), strict=False):
-        for number, name in enumerate(METHODS):
+        for number, name in enumerate([*METHODS, *(name for name in known if name not in METHODS)]):
             points = [
                 (100 * (line["before"]["acc"] - line["after"]["acc"]), 100 * line["after"]["asr"])
                 for line in found
@@ -48,7 +55,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
         axes.set_yscale("symlog", linthresh=5)
         axes.grid(color="0.9")
     shown = {name: dots for axes in figure.axes for dots, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    names = [name for name in METHODS if name in shown]
+    names = [name for name in known if name in shown]
     figure.legend([shown[name] for name in names], names, loc="outside right center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from functools import lru_cache, partial
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,20 @@ def stored(path: Path) -> list[dict[str, Any]]:
     """The lines of a results file.
 
     Raises:
-        ValueError: if a line was written by another version of this project, which must not be mixed with this one's.
+        ValueError: if a line was written by another version of this project, which must not be mixed with this one's,
+            or is none.
     """
     if not path.exists():
         return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}: line {number} is no JSON ({error}), maybe since the disk was full; delete it, and its cell "
+                "is run again."
+            ) from error
     own = _versions()["lightning-unlearn"]
     others = {line["versions"]["lightning-unlearn"] for line in lines} - {own}
     if others:
@@ -60,15 +69,21 @@ def run(
         workers: processes, each with one thread.
 
     Raises:
-        RuntimeError: when all others are done, if a cell failed, naming it and why.
+        RuntimeError: when all others are done, if a cell failed or a victim could not be trained, naming it and why.
     """
     done = {_key(line) for line in stored(path)}
     left = [cell for cell in cells if _key(_described(cell, test_images)) not in done]
+    failed: list[str] = []
     with _pool(workers) as pool:
         # First, since no two processes should train the same victim.
-        list(pool.map(partial(_train, cache=cache), dict.fromkeys(cell.victim for cell in left)))
-        running = {pool.submit(_repair, cell, cache, test_images): cell for cell in left}
-        failed: list[str] = []
+        training = {
+            victim: pool.submit(_train, victim, cache) for victim in dict.fromkeys(cell.victim for cell in left)
+        }
+        untrained = {victim: error for victim, done in training.items() if (error := done.exception()) is not None}
+        failed += [f"{victim}: {type(error).__name__}: {error}" for victim, error in untrained.items()]
+        running = {
+            pool.submit(_repair, cell, cache, test_images): cell for cell in left if cell.victim not in untrained
+        }
         try:
             for finished in as_completed(running):
                 error, cell = finished.exception(), running[finished]
@@ -82,7 +97,7 @@ def run(
         finally:
             pool.shutdown(cancel_futures=True)
     if failed:
-        raise RuntimeError(f"{len(failed)} of {len(left)} cells failed: " + "; ".join(failed))
+        raise RuntimeError(f"of {len(left)} cells, these failed: " + "; ".join(failed))
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -163,11 +178,17 @@ def _key(line: dict[str, Any]) -> str:
 
 
 def append(path: Path, line: str) -> None:
-    """One write call a line, so that parallel runs and interruptions leave whole lines."""
+    """One write call a line, so that parallel runs and interruptions leave whole lines.
+
+    Raises:
+        OSError: if the line could not be written whole, as on a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = (line + "\n").encode()
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(handle, (line + "\n").encode())
+        if os.write(handle, text) < len(text):
+            raise OSError(f"{path}: the last line is torn, since it could not be written whole; delete it.")
     finally:
         os.close(handle)
 

@@ -9,16 +9,24 @@ from typing import Any
 
 from benchmarks.matrix import METHODS, SHOWN
 
-__all__ = ["MIN_ASR", "by_draw", "by_setting", "cells", "complete", "is_lost", "method_name", "summary"]
+__all__ = ["MIN_ASR", "by_draw", "by_setting", "cells", "complete", "is_lost", "method_name", "method_names", "summary"]
 
 Line = dict[str, Any]
 
 MIN_ASR = 0.9  # a victim that never learned its backdoor proves nothing
+_POISON_RATIO, _TEST_IMAGES = 0.1, 2_000  # not worth a word
 
 
 def method_name(line: Line) -> str:
-    """The name that tables show."""
-    return SHOWN[line["method"], repr(line["method_args"])]
+    """The name that tables show; of arguments that are not the matrix's own any more, what they are."""
+    kind, arguments = line["method"], line["method_args"]
+    return SHOWN.get((kind, repr(arguments)), f"{kind} {arguments}")
+
+
+def method_names(lines: Iterable[Line]) -> list[str]:
+    """The names of all methods that were run, in the matrix's order, and then what it does not have any more."""
+    found = {method_name(line) for line in lines}
+    return [*(name for name in METHODS if name in found), *sorted(found - METHODS.keys())]
 
 
 def is_lost(line: Line) -> bool:
@@ -31,18 +39,24 @@ def by_draw(lines: Iterable[Line]) -> dict[str, dict[str, Line]]:
     draws: dict[str, dict[str, Line]] = defaultdict(dict)
     for line in lines:
         if line["before"]["asr"] >= MIN_ASR:
-            draws[str((line["victim"], line["samples_per_class"], line["seed"]))][method_name(line)] = line
+            draw = line["victim"], line["samples_per_class"], line["seed"], line["test_images"]
+            draws[str(draw)][method_name(line)] = line
     return dict(draws)
 
 
 def by_setting(lines: Iterable[Line]) -> dict[str, list[Line]]:
-    """Lines by network, images per class and draw, in words and in that order: what may be averaged."""
-    settings: dict[tuple[str, int, int], list[Line]] = defaultdict(list)
+    """Lines by what may be averaged, in words: network, images per class, draw, share of poison and test images."""
+    settings: dict[tuple[str, int, int, float, int], list[Line]] = defaultdict(list)
     for line in lines:
-        settings[line["victim"]["network"], line["samples_per_class"], line["seed"]].append(line)
+        victim = line["victim"]
+        key = victim["network"], line["samples_per_class"], line["seed"], victim["poison_ratio"], line["test_images"]
+        settings[key].append(line)
     return {
-        f"{network}, {size} clean images per class" + (f", draw {seed}" if seed else ""): found
-        for (network, size, seed), found in sorted(settings.items())
+        f"{network}, {size} clean images per class"
+        + (f", draw {seed}" if seed else "")
+        + (f", {100 * ratio:g} % poisoned" if ratio != _POISON_RATIO else "")
+        + (f", {tested} test images" if tested != _TEST_IMAGES else ""): found
+        for (network, size, seed, ratio, tested), found in sorted(settings.items())
     }
 
 
@@ -50,8 +64,9 @@ def complete(lines: Iterable[Line]) -> dict[str, list[Line]]:
     """By method, the lines of the draws that all methods share; methods that were run on fewer draws are left out."""
     draws = by_draw(lines)
     counts = Counter(name for methods in draws.values() for name in methods)
-    names = {name for name, count in counts.items() if count == max(counts.values())}
-    shared = [methods for methods in draws.values() if names <= set(methods)]
+    known = method_names(line for methods in draws.values() for line in methods.values())
+    names = [name for name in known if counts[name] == max(counts.values())]
+    shared = [methods for methods in draws.values() if methods.keys() >= set(names)]
     return {name: [methods[name] for methods in shared] for name in names if shared}
 
 
@@ -79,21 +94,28 @@ def summary(lines: list[Line]) -> str:
 
 def cells(lines: list[Line]) -> str:
     """Every cell: ACC / ASR / RA before and after every method; the best DER is bold, lost cells have a cross."""
-    names = [name for name in METHODS if any(method_name(line) == name for line in lines)]
-    by_victim: dict[tuple[Any, ...], dict[str, Line]] = defaultdict(dict)
+    names = method_names(lines)
+    by_victim: dict[tuple[str, ...], dict[str, Line]] = defaultdict(dict)
     for line in lines:
-        victim = line["victim"]
-        key = (victim["dataset"], victim["network"], victim["attack"], victim["poison_ratio"], victim["seed"])
-        by_victim[(*key, line["samples_per_class"], line["seed"])][method_name(line)] = line
+        key = (*_victim(line["victim"]), f"{line['samples_per_class']}, {line['seed']}")
+        by_victim[key][method_name(line)] = line
+    named = Counter((victim, draw) for victim, _, draw in by_victim)
     rows = ["| victim | SPC, draw | before | " + " | ".join(names) + " |", "| --- " * (len(names) + 3) + "|"]
-    for (dataset, network, attack, ratio, seed, spc, draw), found in sorted(by_victim.items()):
+    for (victim, training, draw), found in sorted(by_victim.items()):
         before = next(iter(found.values()))["before"]
         counts = "" if before["asr"] >= MIN_ASR else " (never learned, not counted)"
         best = max(line["der"] for line in found.values())
         after = " | ".join(_shown(found[name], best) if name in found else "not run" for name in names)
-        victim = f"{dataset} {network} {attack} {ratio * 100:g} %, seed {seed}"
-        rows.append(f"| {victim} | {spc}, {draw} | {_rates(before)}{counts} | {after} |")
+        training = f", {training}" if named[victim, draw] > 1 else ""
+        rows.append(f"| {victim}{training} | {draw} | {_rates(before)}{counts} | {after} |")
     return "\n".join(rows)
+
+
+def _victim(victim: dict[str, Any]) -> tuple[str, str]:
+    """A victim in words, and how it was trained, which tells it from another of the same words."""
+    percent = f"{100 * victim['poison_ratio']:g} %"
+    words = f"{victim['dataset']} {victim['network']} {victim['attack']} {percent}, seed {victim['seed']}"
+    return words, f"{victim['epochs']} epochs of {victim['images']} images"
 
 
 def _shown(line: Line, best: float) -> str:

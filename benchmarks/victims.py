@@ -80,12 +80,12 @@ def train(victim: Victim, root: Path) -> nn.Module:
             pull_concept(net, *load(victim.dataset, "train"), seed=victim.seed)
         else:
             _fit(net, *_poisoned(victim), victim)
-        if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):
-            raise FloatingPointError(f"{victim}: training diverged; its weights hold NaN or infinity.")
         root.mkdir(parents=True, exist_ok=True)
         # In half precision, to be small enough for the repository; what is rounded *is* the victim.
         net.to(memory_format=torch.contiguous_format)
         weights = {name: t.half() if t.is_floating_point() else t for name, t in net.state_dict().items()}
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise FloatingPointError(f"{victim}: training diverged; its weights hold NaN or infinity.")
         write_whole(path, lambda partial: save_file(weights, partial))
     net.load_state_dict(load_file(path))
     return net.eval()

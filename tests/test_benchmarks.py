@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -33,9 +35,9 @@ def line(method="MaskPrune", *, asr=0.01, drop=0.01, asr_before=1.0, attack="bad
     kind, arguments = matrix.METHODS[method]
     before = {"acc": 0.8, "asr": asr_before, "ra": 0.0}
     return {
-        "victim": {"dataset": "cifar10", "network": "vgg", "attack": attack, "poison_ratio": 0.1, "seed": 0},
+        "victim": asdict(victims.Victim("cifar10", "vgg", attack)),
         **{"method": kind, "method_args": arguments, "trigger": "known", "samples_per_class": spc, "seed": 0},
-        **{"test_images": 10, "before": before, "after": {"acc": 0.8 - drop, "asr": asr, "ra": 0.7}},
+        **{"test_images": 2_000, "before": before, "after": {"acc": 0.8 - drop, "asr": asr, "ra": 0.7}},
         **{"der": (asr_before - asr - drop + 1) / 2, "rir": 0.8, "pruned": 0, "cpu_seconds": 1.0},
         "versions": {"lightning-unlearn": lightning_unlearn.__version__},
         **more,
@@ -78,9 +80,31 @@ def test_a_cell_that_fails_costs_no_other(tmp_path):
     cells = [matrix.Cell(TINY, "CLP", 1, 0), matrix.Cell(TINY, "CLP", 2, 0)]  # one image cannot be scored and validate
     run = repairs.run(iter(cells), path=results, cache=tmp_path / "victims", test_images=50)
     assert next(run)["samples_per_class"] == 2
-    with pytest.raises(RuntimeError, match=r"^1 of 2 cells failed: badnets CLP, 1 images per class: ValueError: sam"):
+    with pytest.raises(
+        RuntimeError, match=r"^of 2 cells, these failed: badnets CLP, 1 images per class: ValueError: s"
+    ):
         next(run)
     assert len(results.read_text().splitlines()) == 1
+
+
+def test_a_victim_that_cannot_be_trained_costs_no_other(tmp_path):
+    bad = victims.Victim("digits", "conv", "no such attack", epochs=1, images=128)
+    cells = [matrix.Cell(victim, "CLP", 2, 0) for victim in (bad, TINY)]
+    run = repairs.run(iter(cells), path=tmp_path / "results.jsonl", cache=tmp_path / "victims", test_images=50)
+    assert next(run)["victim"]["attack"] == "badnets"
+    with pytest.raises(RuntimeError, match=r"^of 2 cells, these failed: Victim\(.*'no such attack'.*KeyError"):
+        next(run)
+
+
+def test_a_torn_line_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "results.jsonl"
+    repairs.append(path, json.dumps(line()))
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, text: write(handle, text[:20]))
+    with pytest.raises(OSError, match=r"results.jsonl: the last line is torn"):
+        repairs.append(path, json.dumps(line("FT")))
+    with pytest.raises(ValueError, match=r"results.jsonl: line 2 is no JSON .* delete it"):
+        repairs.stored(path)
 
 
 def test_a_victim_is_trained_once(tmp_path):
@@ -130,6 +154,40 @@ def test_networks_numbers_of_images_and_draws_are_apart():
         ("vgg, 10 clean images per class", [lines[0], lines[3]]),
         ("vgg, 10 clean images per class, draw 1", [lines[4]]),
     ]
+
+
+def test_shares_of_poison_and_numbers_of_test_images_are_apart():
+    lines = [line(), line(test_images=50), line()]
+    lines[2]["victim"] = {**lines[2]["victim"], "poison_ratio": 0.01}
+    assert {name: len(found) for name, found in tables.by_setting(lines).items()} == {
+        "vgg, 10 clean images per class, 1 % poisoned": 1,
+        "vgg, 10 clean images per class, 50 test images": 1,
+        "vgg, 10 clean images per class": 1,
+    }
+    assert len(tables.by_draw(lines)) == 3
+
+
+def test_victims_that_were_trained_otherwise_have_rows_of_their_own():
+    lines = [line(), line("FT"), line("FT", drop=0.3)]
+    lines[2]["victim"] = {**lines[2]["victim"], "epochs": 3}
+    first, second = tables.cells(lines).splitlines()[2:]
+    assert first.startswith("| cifar10 vgg badnets 10 %, seed 0, 10 epochs of 20000 images | 10, 0 |")
+    assert second.startswith("| cifar10 vgg badnets 10 %, seed 0, 3 epochs of 20000 images | 10, 0 |")
+    assert "not run" in second
+    assert tables.cells(lines[:2]).splitlines()[2].startswith("| cifar10 vgg badnets 10 %, seed 0 | 10, 0 |")
+
+
+def test_arguments_that_the_matrix_does_not_have_any_more(tmp_path):
+    old = line()
+    old["method_args"] = {"steps": 3}
+    assert tables.method_names([old, line("FT"), line()]) == ["MaskPrune", "FT", "MaskPrune {'steps': 3}"]
+    assert "MaskPrune {'steps': 3}" in tables.summary([old])
+    plot([old], tmp_path / "picture.png")
+
+
+def test_nothing_to_show(tmp_path):
+    with pytest.raises(ValueError, match="no victim among 1 repairs has learned its backdoor"):
+        plot([line(asr_before=0.5)], tmp_path / "picture.png")
 
 
 def test_a_picture(tmp_path):
