@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_unlearn.draw import Draw
-from lightning_unlearn.evaluation import logits_of
+from lightning_unlearn.evaluation import logits_of, refuse_probabilities
 from lightning_unlearn.head import head_of, prominence
 from lightning_unlearn.intact import intact
 from lightning_unlearn.margins import largest_margins
@@ -24,7 +24,7 @@ from lightning_unlearn.triggers.inversion import Estimate, Family, invert, measu
 from lightning_unlearn.triggers.normalization import in_pixels
 from lightning_unlearn.verdict import COMPARED, SURELY, WIDEST, WORKS, Audit, Usual, Verdict, judged
 
-__all__ = ["Auditor", "Progress", "audit"]
+__all__ = ["Auditor", "Progress", "TimeOverError", "audit"]
 
 _FEW = 12  # so many classes are all looked at closely
 _ENOUGH = 256  # so many images tell a mean distance well enough
@@ -102,8 +102,8 @@ def audit(
     return replace(found, labels=draw.labels)
 
 
-class _TimeOverError(ValueError):
-    """Time was over before there was an estimate for every class."""
+class TimeOverError(ValueError):
+    """Time was over before anything could be said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,8 @@ class Auditor:
         batch_size: images a class and step.
         at_once: most images in one forward pass; classes that do not fit are inverted one group after the other.
         screen_steps: steps after which classes without hope are dropped, where there are more than a dozen.
-        max_time: seconds after which the best estimates so far are used; None for no limit.
+        max_time: seconds after which the families that are finished must do, if any of them tells something: what was
+            not looked at is no reason for a clean verdict. None for no limit.
         seed: seed of everything random.
 
     Raises:
@@ -180,8 +181,11 @@ class Auditor:
 
         Raises:
             TypeError: if images are no floating-point numbers.
-            ValueError: if images are no pixels and no normalisation is told, if the model answers NaN or always the
-                same, if an earlier estimate does not fit the images, or if there was no time for anything.
+            ValueError: if images are no pixels and no normalisation is told, if labels are not among the model's
+                classes, if the model answers NaN, probabilities or always the same, if its answers do not change with
+                the images or no estimate works, or if an earlier estimate does not fit the images.
+            TimeOverError: if time was over before the first family was finished, or before the last was while nothing
+                stands out so far.
         """
         started = time.monotonic()
         deadline = math.inf if self.max_time is None else started + self.max_time
@@ -191,8 +195,9 @@ class Auditor:
             return logits_of(forward, part if normalization is None else normalization.apply(part))
 
         logits = _answers(on_pixels, pixels)
-        known = logits.argmax(1) if labels is None else labels.long()
         num_classes = logits.shape[1]
+        known = logits.argmax(1) if labels is None else _classes(labels, num_classes)
+        _refuse_no_gradient(on_pixels, pixels)
         wanted = list(range(num_classes) if classes is None else classes)
         prominent = prominence(None if model is None else head_of(model, num_classes), num_classes)
 
@@ -225,15 +230,27 @@ class Auditor:
         individual = alone(wanted)
         found: dict[Family, list[Estimate]] = {}
         for family in COMPARED:
-            if found and time.monotonic() >= deadline:
-                break
             try:
                 found[family] = estimate(family, wanted, self.steps)
-            except _TimeOverError:
+            except TimeOverError:
                 if not found:
                     raise
+                break
+        complete = len(found) == len(COMPARED) and bool(margins.values)
         entries = judged(found, individual, usual, [prominent[c] for c in wanted], margins.values)
         score = max(entry.score for entry in entries)
+        if score <= 1 and not complete:
+            raise TimeOverError(
+                f"max_time: {self.max_time} s were over before all was looked at; nothing stands out so far, which is "
+                "no verdict; allow more."
+            )
+        # Of a few classes of a repaired model that is what was hoped for.
+        if classes is None and not any(share >= WORKS for entry in entries for share in entry.success.values()):
+            raise ValueError(
+                f"model: no change of the images was found that sends at least {WORKS:.0%} of them to any class, so "
+                "that nothing can be said about it; estimate for longer (steps), or check whether it rounds or "
+                "saturates what it is given."
+            )
         verdict: Verdict = "clean" if score <= 1 else "backdoored" if score >= SURELY else "suspicious"
         # A repair that is forced where nothing stands out begins with the class for which most speaks altogether.
         order = sorted(range(len(wanted)), key=lambda k: -(entries[k].evidence if score <= 1 else entries[k].score))
@@ -247,8 +264,11 @@ class Auditor:
                 # First, since who starts from earlier estimates wants the cheapest, which is the last of a family.
                 surest = AdditiveTrigger(margins.patterns[c], target=c)
                 own = [measured(on_pixels, pixels[known != c], surest, "additive", c), *own]
-            if k == worst and verdict != "clean" and time.monotonic() < deadline:
-                own += estimate("residual", [wanted[worst]], self.steps)
+            if k == worst and verdict != "clean":
+                try:
+                    own += estimate("residual", [wanted[worst]], self.steps)
+                except TimeOverError:
+                    complete = False
             estimates += _usable(on_pixels, own, held)
         return Audit(
             verdict=verdict,
@@ -259,7 +279,7 @@ class Auditor:
             num_classes=num_classes,
             labels="predicted" if labels is None else "given",
             unseen=tuple(c for c in range(num_classes) if not (known == c).any()),
-            complete=time.monotonic() <= deadline,
+            complete=complete,
             seconds=time.monotonic() - started,
         )
 
@@ -275,7 +295,11 @@ class Auditor:
         deadline: float,
         on_progress: Progress | None,
     ) -> list[Estimate]:
-        """Estimates of one family, as many classes at once as fit."""
+        """Estimates of one family, as many classes at once as fit.
+
+        Raises:
+            TimeOverError: if time was over before the last step: what is half estimated costs more than it should.
+        """
         size = max(1, self.at_once // self.batch_size)
         groups = [classes[start : start + size] for start in range(0, len(classes), size)]
         estimates: list[Estimate] = []
@@ -288,11 +312,6 @@ class Auditor:
                 on_progress(family, done, steps * len(groups))
 
         for group in groups:
-            if time.monotonic() > deadline:
-                raise _TimeOverError(
-                    f"max_time: {self.max_time} s were over after {len(estimates)} of {len(classes)} classes; allow "
-                    "more."
-                )
             estimates += invert(
                 forward,
                 pixels,
@@ -306,6 +325,11 @@ class Auditor:
                 deadline=deadline,
                 on_step=on_step,
             )
+            if done % steps or (time.monotonic() > deadline and len(estimates) < len(classes)):
+                whole = len(estimates) - (len(group) if done % steps else 0)
+                raise TimeOverError(
+                    f"max_time: {self.max_time} s were over after {whole} of {len(classes)} classes; allow more."
+                )
         return estimates
 
 
@@ -314,11 +338,17 @@ def _usable(
     forward: Callable[[Tensor], Tensor], estimates: Sequence[Estimate], held_out: Tensor
 ) -> tuple[Estimate, ...]:
     """Those that also work on images they were not estimated on; the best one where none does."""
-    works = [
-        float((forward(e.trigger.stamp(held_out.clone()).clamp(0, 1)).argmax(1) == e.target).float().mean())
-        for e in estimates
-    ]
-    return tuple(e for e, share in zip(estimates, works, strict=True) if share >= min(WORKS, max(works)))
+    answers = forward(held_out).argmax(1)
+
+    def works(estimate: Estimate) -> float:
+        others = held_out[answers != estimate.target]
+        if not len(others):
+            return 0.0
+        stamped = estimate.trigger.stamp(others.clone()).clamp(0, 1)
+        return float((forward(stamped).argmax(1) == estimate.target).float().mean())
+
+    shares = [works(estimate) for estimate in estimates]
+    return tuple(e for e, share in zip(estimates, shares, strict=True) if share >= min(WORKS, max(shares)))
 
 
 @torch.no_grad()
@@ -332,4 +362,27 @@ def _answers(forward: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
             f"model: it answers class {int(answers[0])} to every clean image, so no trigger can be told from what it "
             "does anyway; check the weights and the range of the images."
         )
+    refuse_probabilities(logits)
     return logits
+
+
+def _classes(labels: Tensor, num_classes: int) -> Tensor:
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise ValueError(
+            f"labels: expected classes from 0 to {num_classes - 1}, since the model gives {num_classes} logits, but "
+            f"got labels from {int(labels.min())} to {int(labels.max())}."
+        )
+    return labels.long()
+
+
+def _refuse_no_gradient(forward: Callable[[Tensor], Tensor], pixels: Tensor) -> None:
+    """A model that rounds what it is given answers to changes, but not to their gradient, which estimates follow."""
+    some = pixels[:16].clone().requires_grad_()
+    logits = forward(some)
+    best = logits.amax(1).sum()
+    gradient = torch.autograd.grad(best, some)[0] if best.requires_grad else torch.zeros_like(some)
+    if not gradient.any():
+        raise ValueError(
+            "model: its logits have no gradient in the images, so that no trigger can be estimated; take out what "
+            "rounds or detaches them on their way in."
+        )

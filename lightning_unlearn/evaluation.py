@@ -13,7 +13,7 @@ from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.metrics.functional import predicted_classes, rate, triggered_counts
 from lightning_unlearn.processes import ALONE, Processes
 
-__all__ = ["Evaluation", "evaluate", "logits_of"]
+__all__ = ["Evaluation", "evaluate", "logits_of", "refuse_probabilities"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,22 @@ def logits_of(forward: Callable[[Tensor], object], images: Tensor) -> Tensor:
     if not logits.is_floating_point():
         raise ValueError(f"model: expected logits, which are floating-point numbers, but got {logits.dtype}.")
     return logits.float()
+
+
+def refuse_probabilities(logits: Tensor) -> None:
+    """Refuse what came through a softmax: its gradients vanish where a network is sure, and losses mean nothing.
+
+    Args:
+        logits: (N, C), what a classifier answered.
+
+    Raises:
+        ValueError: if every row is positive and adds up to 1.
+    """
+    if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(len(logits), device=logits.device), atol=1e-3):
+        raise ValueError(
+            "model: expected logits, but its outputs are probabilities (each row adds up to 1); leave out the softmax "
+            "at its end, or override the callback's `logits` with what stands before it."
+        )
 
 
 @torch.inference_mode()

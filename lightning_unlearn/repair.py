@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from lightning_unlearn.auditor import Auditor, Progress
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.draw import Draw, ImagesAndLabels, Split, predicted, refuse_missing_classes
-from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
+from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of, refuse_probabilities
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.memory import tries_smaller_batches
@@ -213,6 +213,7 @@ def repair_split(
             logits = logits_of(forward, probe)
         if not logits.isfinite().all():
             raise ValueError("model: its logits hold NaN or infinity; check the weights and the range of the images.")
+        refuse_probabilities(logits)
         # Copies, because no gradient can pass tensors that were loaded inside `torch.inference_mode`.
         parts = [(images.clone(), labels.clone()) for images, labels in (split.scoring, split.validation)]
         audit: Audit | None = None
@@ -224,7 +225,7 @@ def repair_split(
             trigger = audit.trigger.to(first.device)
             trigger = trigger if normalization is None else trigger.normalized(normalization)
             if method is None or (method.needs_trigger and not isinstance(method, Alternation)):
-                method = Alternation(method, auditor=plan.auditor)
+                method = Alternation(method)
         method = method or MaskPrune()
         scoring, validation = (
             Pairs.stamp(images, labels, trigger, num_classes=logits.shape[1]).to(first.device, first.dtype)
@@ -243,6 +244,7 @@ def repair_split(
             batch_size=plan.batch_size,
             seed=plan.seed,
             audit=audit,
+            auditor=auditor,
             on_progress=on_progress,
             processes=processes,
             watch=watch,

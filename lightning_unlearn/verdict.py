@@ -42,6 +42,7 @@ _SHOWN = 20  # rows of the terminal's table
 _WEIGHT = 0.2  # of spreads below the usual cost, and of spreads in the last layer
 _PROMINENT = 4.0  # spreads in the last layer that count at most, since an honest class may have many images, too
 _NARROW = 0.1  # added to a spread, since that of a few classes may be small by chance
+_OTHERS = 4  # of fewer classes than these the spread says less still, of one nothing
 _NOTHING = 1e-12  # so that no cost divides by zero
 
 
@@ -52,22 +53,25 @@ class Usual:
     Args:
         cost: the median's logarithm; NaN if there are no classes.
         spread: standard deviation of the logarithms.
+        classes: how many there are.
     """
 
     cost: float
     spread: float
+    classes: int
 
     @classmethod
     def of(cls, costs: Sequence[float]) -> Usual:
         """Summarise the costs of several classes, maybe of none."""
         logs = [math.log(max(cost, _NOTHING)) for cost in costs]
-        return cls(median(logs), pstdev(logs)) if logs else cls(math.nan, 0.0)
+        return cls(median(logs), pstdev(logs), len(logs)) if logs else cls(math.nan, 0.0, 0)
 
     def below(self, cost: float) -> float:
         """How many spreads, and a little, a cost lies below the usual one, at most ten; 0 if nothing is usual."""
         if math.isnan(self.cost):
             return 0.0
-        return min(10.0, (self.cost - math.log(max(cost, _NOTHING))) / (_NARROW + self.spread))
+        narrow = _NARROW * max(1.0, _OTHERS / self.classes)
+        return min(10.0, (self.cost - math.log(max(cost, _NOTHING))) / (narrow + self.spread))
 
 
 @dataclass(frozen=True)
@@ -229,6 +233,11 @@ class Audit:
             notes.append(f"Above the limit, too: class {', '.join(map(str, others))}.")
         if self.labels == "predicted":
             notes.append("The model's own answers stood in for labels.")
+        if self.num_classes <= _OTHERS:
+            notes.append(
+                f"With no more than {self.num_classes} classes there is little to compare one with, so that this says "
+                "little; force=True repairs in spite of a clean verdict."
+            )
         if self.unseen:
             notes.append(f"There was no clean image of class {', '.join(map(str, self.unseen))}.")
         if not self.complete:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_unlearn import audit
+from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.triggers import Normalization
 from tests.small_audits import FAST, examined, honest, numbers, rows
 
@@ -65,6 +66,41 @@ def test_a_model_that_always_answers_the_same():
 def test_logits_that_are_no_numbers(value):
     with pytest.raises(ValueError, match=r"^model: its logits hold NaN or infinity"):
         examined(lambda x: honest(x) * torch.tensor([1, 1, 1, value]))
+
+
+def test_probabilities_are_refused():
+    with pytest.raises(ValueError, match=r"^model: expected logits, but its outputs are probabilities"):
+        examined(lambda x: honest(x).softmax(1))
+    assert examined(lambda x: honest(x).log_softmax(1)).verdict == "clean"  # which differ from logits by a constant
+
+
+@pytest.mark.parametrize("blind", [lambda x: x.detach(), lambda x: (255 * x).round() / 255], ids=["detached", "round"])
+def test_a_model_that_gives_no_gradient(blind):
+    with pytest.raises(ValueError, match=r"^model: its logits have no gradient in the images"):
+        examined(lambda x: honest(blind(x)))
+
+
+def test_estimates_of_which_none_works_tell_nothing():
+    with pytest.raises(ValueError, match=r"^model: no change of the images was found that sends at least 50%"):
+        examined(by=Auditor(steps=1))
+    assert examined(by=Auditor(steps=1), classes=[0, 1]).score == 0  # as of a model that was repaired
+
+
+@pytest.mark.parametrize("value", [-1, 4])
+def test_labels_that_are_no_classes_of_the_model(value):
+    images, labels = rows()
+    labels[3] = value
+    with pytest.raises(ValueError, match=r"^labels: expected classes from 0 to 3.* but got labels from"):
+        examined(data=(images, labels))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_one_blank_image_changes_little(value):
+    # Nothing can be displaced in it, so that it alone would cost a billion times as much as the others.
+    images, labels = rows()
+    plain = examined().score
+    images[5] = value
+    assert examined(data=(images, labels)).score < 2 * plain
 
 
 def test_images_of_one_class_alone():

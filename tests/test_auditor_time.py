@@ -6,7 +6,8 @@ import time
 import pytest
 
 from lightning_unlearn import auditor
-from lightning_unlearn.auditor import Auditor
+from lightning_unlearn.auditor import Auditor, TimeOverError
+from lightning_unlearn.verdict import COMPARED
 from tests.small_audits import examined
 
 
@@ -43,11 +44,22 @@ def test_time_for_nothing(monkeypatch):
 
 def test_time_for_some_classes_only(monkeypatch):
     Clock(monkeypatch)
-    with pytest.raises(ValueError, match=r"^max_time: 7 s were over after 2 of 4 classes; allow more"):
-        examined(by=Auditor(max_time=7, at_once=8, batch_size=4))
+    with pytest.raises(TimeOverError, match=r"^max_time: 3 s were over after 2 of 4 classes; allow more"):
+        examined(by=Auditor(steps=1, max_time=3, at_once=8, batch_size=4))
 
 
-def test_margins_take_half_of_the_time_at_most(monkeypatch):
+@pytest.fixture
+def suspected(monkeypatch):
+    """Class 2 stands out, whatever its estimates."""
+    judged = auditor.judged
+
+    def scored(*given):
+        return tuple(auditor.replace(e, trigger_score=2.0 if e.target == 2 else 0.1) for e in judged(*given))
+
+    monkeypatch.setattr(auditor, "judged", scored)
+
+
+def test_margins_take_half_of_the_time_at_most(monkeypatch, suspected):
     deadlines = []
     largest_margins = auditor.largest_margins
 
@@ -57,24 +69,43 @@ def test_margins_take_half_of_the_time_at_most(monkeypatch):
 
     monkeypatch.setattr(auditor, "largest_margins", timed)
     Clock(monkeypatch)
-    found = examined(by=Auditor(max_time=30))
-    assert deadlines == [16]  # the clock showed 1 at the start
+    found = examined(by=Auditor(steps=15, max_time=70))
+    assert deadlines == [36]  # the clock showed 1 at the start
     assert [entry.margin for entry in found.classes] == [None] * 4
-    assert not found.complete
-    assert all(entry.margin is not None for entry in examined(by=Auditor(max_time=900)).classes)
+    assert (found.complete, found.suspected_target) == (False, 2)
+    found = examined(by=Auditor(steps=15, max_time=900))
+    assert all(entry.margin is not None for entry in found.classes)
+    assert found.complete
 
 
-@pytest.mark.parametrize("limit", [3, 8])
-def test_time_for_one_family_only(monkeypatch, limit):
+@pytest.mark.parametrize("limit", [40, 60, 80])
+def test_what_was_not_looked_at_is_no_reason_for_a_clean_verdict(monkeypatch, limit):
+    # Margins take half of the time, and 15 steps of each of three families the rest.
     Clock(monkeypatch)
-    found = examined(by=Auditor(max_time=limit))
-    assert not found.complete
-    assert "Time was over" in found.notes()
-    assert [set(entry.universality) for entry in found.classes] == [{"additive"}] * 4
+    with pytest.raises(TimeOverError, match=rf"^max_time: {limit} s were over before all was looked at.* no verdict"):
+        examined(by=Auditor(steps=15, max_time=limit))
+    assert examined(by=Auditor(steps=15, max_time=900)).verdict == "clean"
 
 
-def test_a_later_family_that_time_cuts_short_is_left_out(monkeypatch):
+def test_a_first_family_that_time_cuts_short_is_nothing(monkeypatch, suspected):
     Clock(monkeypatch)
-    found = examined(by=Auditor(max_time=7, steps=1, at_once=8, batch_size=4))
-    assert not found.complete
-    assert [set(entry.universality) for entry in found.classes] == [{"additive"}] * 4
+    with pytest.raises(TimeOverError, match=r"^max_time: 20 s were over after 0 of 4 classes; allow more"):
+        examined(by=Auditor(steps=15, max_time=20))
+
+
+def test_later_families_that_time_cuts_short_are_left_out(monkeypatch, suspected):
+    whole, seen = examined(by=Auditor(steps=15)), set()
+    for limit in range(30, 100, 5):
+        Clock(monkeypatch)
+        found = examined(by=Auditor(steps=15, max_time=limit))
+        families = tuple(found.classes[0].universality)
+        assert "Time was over" in found.notes()
+        assert [tuple(entry.universality) for entry in found.classes] == [families] * 4
+        assert all(  # none is half estimated
+            entry.cost[family] == other.cost[family]
+            for entry, other in zip(found.classes, whole.classes, strict=True)
+            for family in families
+        )
+        assert {estimate.family for estimate in found.estimates} <= set(families)
+        seen.add(families)
+    assert seen == {COMPARED[:1], COMPARED[:2], COMPARED}

@@ -106,6 +106,11 @@ def test_no_logits(refused, make_net, change, got):
     refused(ValueError, match, net=Reshaped(make_net("vgg"), change))
 
 
+def test_probabilities(refused, make_net):
+    match = "^model: expected logits, but its outputs are probabilities"
+    refused(ValueError, match, net=Reshaped(make_net("vgg"), lambda x: x.softmax(1)))
+
+
 @pytest.mark.parametrize(
     ("tensor", "value"),
     [

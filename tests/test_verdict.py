@@ -40,7 +40,7 @@ def an_audit(**changes):
         "score": 1.5,
         "classes": (other, entry),
         "estimates": (estimate(target=1, success=0.9), estimate("covering", target=1, cost=0.2)),
-        "num_classes": 2,
+        "num_classes": 5,
     }
     return Audit(**given | changes)
 
@@ -65,8 +65,8 @@ def test_scores_by_hand():
     assert second.universality == pytest.approx({"additive": 0.5, "covering": 0.5})
     assert second.cost == {"additive": 0.1, "covering": 0.4}
     assert second.success == {"additive": 1, "covering": 1}
-    # The others' usual cost is e times as much, without spread: ten tenths, weighed by a fifth.
-    assert second.score == pytest.approx(0.5 * math.exp(10 / 5) / LIMITS["additive"])
+    # The others' usual cost is e times as much, without spread: five fifths, since they are two, weighed by a fifth.
+    assert second.score == pytest.approx(0.5 * math.exp(5 / 5) / LIMITS["additive"])
     # What lies above the usual cost counts less; the covering trigger is at it.
     assert first.score == pytest.approx(0.5 / LIMITS["covering"])
     assert third.score == pytest.approx(0.8 / LIMITS["covering"])
@@ -106,10 +106,16 @@ def test_spreads_below_what_is_usual():
     usual = Usual.of([1.0, math.e, math.e**2])
     assert usual.cost == pytest.approx(1)
     assert usual.spread == pytest.approx((2 / 3) ** 0.5)
-    assert usual.below(1.0) == pytest.approx(1 / (0.1 + (2 / 3) ** 0.5))
+    assert usual.below(1.0) == pytest.approx(1 / (0.4 / 3 + (2 / 3) ** 0.5))
     assert usual.below(math.e) == pytest.approx(0)
     assert usual.below(0.0) == 10  # no trigger is infinitely far off
     assert Usual.of([]).below(0.1) == 0
+
+
+@pytest.mark.parametrize(("others", "narrow"), [(1, 0.4), (2, 0.2), (3, 0.4 / 3), (4, 0.1), (9, 0.1)])
+def test_a_few_classes_are_little_to_compare_with(others, narrow):
+    # Of one class alone the spread is 0, so that half its cost would be seven spreads below.
+    assert Usual.of([1.0] * others).below(math.exp(-0.1)) == pytest.approx(0.1 / narrow)
 
 
 def test_what_is_usual_without_some_classes():
@@ -127,7 +133,7 @@ def test_what_is_usual_without_some_classes():
 def test_a_class_among_those_of_an_earlier_audit():
     usual = {"additive": Usual.of([1.0, 1.0])}
     (only,) = judged({"additive": estimates("additive", math.exp(-0.5))}, {"additive": [0.3 * math.exp(-0.5)]}, usual)
-    assert only.score == pytest.approx(0.3 * math.exp(5 / 5) / LIMITS["additive"])
+    assert only.score == pytest.approx(0.3 * math.exp(2.5 / 5) / LIMITS["additive"])
 
 
 @pytest.mark.parametrize(("prominence", "counted"), [(2.5, 2.5), (9.0, 4.0), (-3.0, 0.0)])
@@ -141,7 +147,7 @@ def test_a_prominent_class_counts_for_more_but_not_for_any_amount(prominence, co
 
 
 def test_what_was_usual_in_an_audit_leaves_out_its_worst_class():
-    assert an_audit().usual == {"additive": Usual(math.log(0.4), 0.0)}
+    assert an_audit().usual == {"additive": Usual(math.log(0.4), 0.0, 1)}
 
 
 def test_one_class_alone():
@@ -206,6 +212,11 @@ def test_the_notes_tell_of_a_class_that_a_model_can_be_made_far_surer_of(gap, to
     clean, suspected = an_audit().classes
     found = an_audit(classes=(clean, replace(suspected, gap=gap)))
     assert ("can make the model 4.0 times as sure of class 1 as of any other." in found.notes()) is told
+
+
+@pytest.mark.parametrize("classes", [2, 4, 5])
+def test_the_notes_tell_where_there_is_little_to_compare_with(classes):
+    assert ("there is little to compare one with" in an_audit(num_classes=classes).notes()) == (classes < 5)
 
 
 def test_as_markdown():

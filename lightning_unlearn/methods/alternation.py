@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unlearn.auditor import Auditor
+from lightning_unlearn.auditor import Auditor, TimeOverError
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.mask_prune import MaskPrune
@@ -43,8 +43,8 @@ class Alternation(RepairMethod):
         method: what unlearns the estimates, a method that learns from triggered images; by default a
             :class:`MaskPrune` that fine-tunes, and that does not shun the target, since an estimate also holds
             something of what that class really looks like.
-        auditor: how to estimate.
-        rounds: most repairs.
+        auditor: how to estimate; by default as the audit of the untouched model did.
+        rounds: most repairs; there are fewer where the auditor's ``max_time`` is over before it sees anything more.
         strength: factor of additive estimates, at least 1.
         stop_score: the score up to which a class needs no repair, or no more of it. Lower than the 1 from which a model
             is suspicious, since a known backdoor must be gone, where an honest model must be left alone.
@@ -86,7 +86,7 @@ class Alternation(RepairMethod):
         check_range("strength", strength, 1, float("inf"))
         check_range("stop_score", stop_score, 0, float("inf"))
         check_range("accuracy_drop", accuracy_drop, 0, 1, open_low=True)
-        self.auditor = auditor or Auditor()
+        self.auditor = auditor
         self.rounds = rounds
         self.strength = strength
         self.stop_score = stop_score
@@ -127,7 +127,10 @@ class Alternation(RepairMethod):
                 return
             if number == self.rounds:
                 return
-            found = self._audit(task, number, classes=watched, usual=usual, start=known if self.warm_start else ())
+            try:
+                found = self._audit(task, number, classes=watched, usual=usual, start=known if self.warm_start else ())
+            except TimeOverError:
+                return
             if found.score <= self.stop_score and not forced:
                 return
             pool += [estimate.trigger for estimate in found.estimates]
@@ -136,7 +139,7 @@ class Alternation(RepairMethod):
     def _audit(self, task: RepairTask, number: int, **options: Any) -> Audit:
         """What some classes of the model look like after a repair, as the first process finds it."""
         examine = partial(
-            replace(self.auditor, seed=task.seed + number).audit,
+            replace(self.auditor or task.auditor, seed=task.seed + number).audit,
             lambda images: task.forward(images.to(task.scoring.clean.dtype)),
             task.scoring.clean,
             task.scoring.labels,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
-from lightning_unlearn.auditor import Progress
+from lightning_unlearn.auditor import Auditor, Progress
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.filters import FilterId, FilterMask
@@ -95,6 +95,7 @@ class RepairTask:
         batch_size: most pairs in one forward pass.
         seed: seed of every random choice that a method makes.
         audit: what was found where nobody knew the trigger, which is then an estimate.
+        auditor: how that was found.
         on_progress: what to call while a method estimates triggers.
         processes: those that repair this model together. Each has all pairs; measuring is always shared out.
     """
@@ -110,6 +111,7 @@ class RepairTask:
     batch_size: int = 128
     seed: int = 0
     audit: Audit | None = None
+    auditor: Auditor = field(default_factory=Auditor)
     on_progress: Progress | None = None
     processes: Processes = ALONE
     watch: Stopwatch = field(default_factory=Stopwatch)

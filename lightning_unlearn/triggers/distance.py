@@ -42,7 +42,7 @@ def individual_costs(
 
     Returns:
         The mean over all images of other classes, class by class, in the units of :class:`Estimate`'s ``cost``. An
-        image that is answered as the class already costs nothing.
+        image that is answered as the class already costs nothing, and none costs more than 1.
 
     Example:
         >>> import torch
@@ -75,9 +75,11 @@ def _sums(
         gains = torch.maximum(by_pixel * (pixels.detach() - 1), by_pixel * pixels.detach()).sum(1)
         reached = gains.flatten(1).sort(dim=1, descending=True).values.cumsum(1)
         covered = (reached < margins[:, None]).float().mean(1)
-        sums["additive"].append((margins / _length(by_pixel))[others].sum())
+        # A cost of 1 is as much as an image is worth; of one without contrast a displacement would cost anything.
+        sums["additive"].append((margins / _length(by_pixel)).clamp_max(1)[others].sum())
         sums["covering"].append(covered[others].sum())
-        sums["displacing"].append((margins / _length(by_node))[others].sum() / 2)  # the image is 2 wide
+        displaced = (margins / _length(by_node) / 2).clamp_max(1)  # the image is 2 wide
+        sums["displacing"].append(displaced[others].sum())
     return {family: torch.stack(values) for family, values in sums.items()}
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_unlearn import repair
-from lightning_unlearn.auditor import Auditor
+from lightning_unlearn.auditor import Auditor, TimeOverError
 from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, MaskPrune, RepairMethod, mask_prune
 from lightning_unlearn.triggers import AdditiveTrigger, PatchTrigger, TriggerPool
 from lightning_unlearn.triggers.inversion import Estimate
@@ -324,6 +324,31 @@ def test_the_loss_to_lower_is_that_of_the_estimates(task, monkeypatch):
 
 
 # Warm start
+
+
+@pytest.mark.parametrize("own", [None, Auditor(steps=3, max_time=2.0)])
+def test_models_are_audited_as_the_untouched_one_was_unless_told_otherwise(task, monkeypatch, own):
+    seen = []
+
+    def audit(self, *given, **options):
+        seen.append(self)
+        return Audit("clean", None, 0.5, (), (), 3)
+
+    monkeypatch.setattr(Auditor, "audit", audit)
+    task.auditor = Auditor(steps=7, max_time=5.0)
+    list(Alternation(Recorder(), auditor=own).repair(task))
+    assert seen == [replace(own or task.auditor, seed=task.seed + 1)]
+
+
+def test_a_repair_stays_where_time_is_over_before_the_next_audit_is(changing, monkeypatch):
+    def audit(self, *given, **options):
+        raise TimeOverError("max_time: 2 s were over")
+
+    monkeypatch.setattr(Auditor, "audit", audit)
+    task, method, _, left = changing()
+    list(Alternation(method, rounds=3).repair(task))
+    assert len(left) == 1
+    assert_same((task.model.state_dict(), task.mask.pruned), left[0])
 
 
 @pytest.mark.parametrize("warm", [False, True])

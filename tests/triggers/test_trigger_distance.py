@@ -92,12 +92,10 @@ def test_several_classes_are_as_one_by_one():
     assert len(set(together["additive"])) == 3
 
 
-def test_a_model_without_gradients_costs_a_lot_but_no_nan():
+def test_a_model_without_gradients_costs_a_whole_image():
     model = lambda x: torch.stack([torch.zeros(len(x)), 0 * x.sum((1, 2, 3)) - 1], dim=1)  # noqa: E731
     costs = individual_costs(model, image(0.1, 0.2, 0.3, 0.4), ZERO, classes=[1])
-    assert costs["covering"] == [1]
-    assert costs["additive"][0] > 1e6
-    assert costs["displacing"][0] > 1e6
+    assert costs == {"additive": [1], "covering": [1], "displacing": [1]}
 
 
 def test_model_and_images_are_left_alone():
