@@ -388,5 +388,8 @@ def test_numbers_out_of_range(name, value):
         Alternation(**{name: value})
 
 
-def test_the_default_method_fine_tunes():
-    assert isinstance(Alternation().method, MaskPrune)
+def test_the_default_method_learns_masks_alone():
+    # On estimates a fine-tuning unlearns what images of the target's own class look like.
+    method = Alternation().method
+    assert isinstance(method, MaskPrune)
+    assert (method.finetune, method.target_weight) == (False, 0)
