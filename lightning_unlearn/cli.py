@@ -16,7 +16,7 @@ from lightning_unlearn.callback import BackdoorUnlearning
 from lightning_unlearn.checkpoint import save_repaired
 from lightning_unlearn.comparison_report import Comparison
 from lightning_unlearn.folder import Folder
-from lightning_unlearn.offline import CheckpointCLI, CheckpointJob, from_python, load_into, with_output_dir
+from lightning_unlearn.offline import CheckpointCLI, from_python, load_into, on_checkpoint
 from lightning_unlearn.report import Report
 from lightning_unlearn.trigger_files import save_triggers
 from lightning_unlearn.verdict import Audit
@@ -72,24 +72,21 @@ def fit(args: Sequence[str]) -> Report | None:
     return reports[-1] if reports else None
 
 
-def repair(args: Sequence[str]) -> Report | None:
+def repair(args: Sequence[str]) -> Report:
     """Repair a finished checkpoint; write the repaired one, estimated triggers if any were used, and a report."""
-    output_dir, args = with_output_dir(args)
     cli = CheckpointCLI(args)
     checkpoint = load_into(cli)
     original = cli.config["ckpt_path"]
-    folder = Folder(output_dir or os.path.dirname(original))
+    folder = Folder(cli.config["output_dir"] or os.path.dirname(original))
     if cli.trainer.is_global_zero:
         folder.refuse_unwritable()
     unlearning: BackdoorUnlearning = cli.config_init["unlearning"]
-    job: CheckpointJob[Report] = CheckpointJob(cli.model, unlearning.unlearn)
-    cli.trainer.predict(job, return_predictions=False)
-    report = job.result
-    if report is None or not cli.trainer.is_global_zero:
+    report = on_checkpoint(cli, unlearning.unlearn)
+    if not cli.trainer.is_global_zero:
         return report
     if report.status == "repaired":
         name = folder.free(f"{PurePath(original).stem}-unlearned.ckpt")
-        report = report.saved_as(save_repaired(checkpoint, job.model.state_dict(), folder, name))
+        report = report.saved_as(save_repaired(checkpoint, cli.model.state_dict(), folder, name))
     triggers = [] if unlearning.found is None else save_triggers(unlearning.found, folder)
     saved = folder.free("report.json")
     with folder.whole(saved) as partial:
@@ -112,13 +109,13 @@ def _compare(args: Sequence[str]) -> Comparison:
     return compare(args)
 
 
-def _audit(args: Sequence[str]) -> Audit | None:
+def _audit(args: Sequence[str]) -> Audit:
     from lightning_unlearn.audit_cli import audit  # here, since only this command needs it
 
     return audit(args)
 
 
-def _demo(args: Sequence[str]) -> Report | None:
+def _demo(args: Sequence[str]) -> Report:
     from lightning_unlearn.demo import main as demo  # here, since the demo runs `fit`
 
     return demo(args)

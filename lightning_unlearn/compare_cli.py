@@ -20,9 +20,10 @@ from rich.console import Console
 from lightning_unlearn.callback import BackdoorUnlearning
 from lightning_unlearn.checkpoint import repaired_checkpoint
 from lightning_unlearn.comparison import Comparison, Entry, compare_split
-from lightning_unlearn.files import refuse_used_folder, write_whole
+from lightning_unlearn.files import write_whole
+from lightning_unlearn.folder import Folder
 from lightning_unlearn.methods import MaskPrune, RepairMethod
-from lightning_unlearn.offline import CheckpointCLI, CheckpointJob, load_into, with_output_dir
+from lightning_unlearn.offline import CheckpointCLI, load_into, on_checkpoint
 from lightning_unlearn.progress import round_progress
 from lightning_unlearn.repair import Split
 from lightning_unlearn.roster import default_methods, full_name, method_labels, method_names, refuse_no_methods
@@ -50,24 +51,25 @@ class _CompareCLI(CheckpointCLI):
             help="Write the checkpoint that the best method on the clean images held leaves, as repair does.",
         )
 
+    def before_instantiate_classes(self) -> None:
+        if not self.config["output_dir"]:
+            raise ValueError("output-dir: none is given; name a new folder, which the comparison is written to.")
+        self.folder = Folder(self.config["output_dir"]).local()
+        super().before_instantiate_classes()
+
 
 def compare(args: Sequence[str]) -> Comparison:
     """Compare repair methods on a finished checkpoint, write the comparison, and the best repaired one if asked to.
 
     Raises:
         FileExistsError: if the output folder is used.
-        ValueError: if a name is of no method, something does not fit, or no method worked.
+        ValueError: if a name is of no method, no folder on this machine is named, something does not fit, or no method
+            worked.
         SystemExit: with code 130 after Ctrl-C, when what was finished is written.
     """
     names, args = _names(args)
-    output_dir, args = with_output_dir(args)
     cli = _CompareCLI(args)
-    output_dir = output_dir or cli.config["output_dir"]
-    if output_dir is None:
-        raise ValueError("output-dir: none is given; name a new folder, which the comparison is written to.")
-    folder = Path(output_dir)
-    if cli.trainer.is_global_zero:
-        refuse_used_folder(folder)
+    folder = cli.folder
     unlearning: BackdoorUnlearning = cli.config_init["unlearning"]
     if unlearning.trigger is None:
         raise ValueError(
@@ -81,14 +83,7 @@ def compare(args: Sequence[str]) -> Comparison:
     def work(trainer: L.Trainer, model: L.LightningModule) -> Comparison:
         return _compare(trainer, model, unlearning, methods, folder, console)
 
-    job = CheckpointJob(cli.model, work)
-    cli.trainer.predict(job, return_predictions=False)
-    done = job.result
-    if done is None:
-        raise ValueError(
-            f"trainer: {type(cli.trainer.strategy).__name__} compares in processes that give nothing back; use "
-            "one device, or a strategy that does not spawn."
-        )
+    done = on_checkpoint(cli, work)
     if cli.trainer.is_global_zero:
         if cli.config["save_best"] and done.weights is not None:
             path = folder / f"{Path(cli.config['ckpt_path']).stem}-unlearned.ckpt"

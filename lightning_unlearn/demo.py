@@ -15,7 +15,7 @@ from rich.console import Console
 from lightning_unlearn import methods, triggers
 from lightning_unlearn.cli import fit
 from lightning_unlearn.data import Digits
-from lightning_unlearn.files import refuse_used_folder
+from lightning_unlearn.folder import Folder
 from lightning_unlearn.methods import RepairMethod
 from lightning_unlearn.plots import plot_report
 from lightning_unlearn.report import Report
@@ -71,7 +71,9 @@ def main(args: Sequence[str]) -> Report:
         )
     if not 0 <= options.poison_ratio < 1:
         parser.error(f"--poison-ratio: expected a share in [0, 1), but got {options.poison_ratio}")
-    folder = refuse_used_folder(options.output_dir or f"unlearn-demo-{datetime.now():%Y%m%d-%H%M%S}")
+    output = Folder(options.output_dir or f"unlearn-demo-{datetime.now():%Y%m%d-%H%M%S}")
+    folder = output.local()
+    output.refuse_used()
     folder.mkdir(parents=True, exist_ok=True)
     training, repair = configs(
         folder,

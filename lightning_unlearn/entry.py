@@ -24,7 +24,7 @@ def run() -> None:
             if sys.argv[1:2] == ["fit"]:
                 raise  # it may come from the user's own training code, where only a traceback tells the place
             sys.exit(f"lightning-unlearn: {' '.join(str(error).split())}")  # torch's messages have many lines
-        if sys.argv[1:2] == ["audit"] and getattr(result, "verdict", "clean") != "clean":
+        if sys.argv[1:2] == ["audit"] and getattr(result, "verdict", None) != "clean":
             sys.exit(3)
     except ImportError as error:
         sys.exit(f"lightning-unlearn: {error}. The command line needs an extra: pip install 'lightning-unlearn[demo]'")

@@ -6,20 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["free_name", "free_path", "refuse_used_folder", "write_whole"]
-
-
-def free_path(path: Path) -> Path:
-    """The path itself, or the first of ``name-v1.ext``, ``name-v2.ext``, … that does not exist.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from lightning_unlearn.files import free_path
-        >>> free_path(Path("surely") / "not-there.ckpt").name
-        'not-there.ckpt'
-    """
-    # A broken link is in the way, too.
-    return path.with_name(free_name(path.name, lambda name: os.path.lexists(path.with_name(name))))
+__all__ = ["free_name", "write_whole"]
 
 
 def free_name(name: str, taken: Callable[[str], bool]) -> str:
@@ -40,16 +27,4 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return path
-
-
-def refuse_used_folder(folder: str | Path) -> Path:
-    """Make sure that nothing of the user's can be overwritten.
-
-    Raises:
-        FileExistsError: if ``folder`` is a file or holds anything.
-    """
-    path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"output-dir: {str(path)!r} exists and is not an empty folder; name a new one.")
     return path

@@ -70,6 +70,28 @@ class Folder:
             if self.fs.exists(partial):
                 self.fs.rm(partial)
 
+    def local(self) -> Path:
+        """The folder as a path, for what can write nowhere else.
+
+        Raises:
+            ValueError: if it is not on this machine.
+        """
+        if not isinstance(self.fs, LocalFileSystem):
+            raise ValueError(
+                f"output-dir: {self.url!r} is not on this machine, and this command writes nowhere else; name a folder "
+                "here."
+            )
+        return Path(self.fs._strip_protocol(self.url) if "://" in self.url else self.url)
+
+    def refuse_used(self) -> None:
+        """Make sure that nothing of the user's can be overwritten.
+
+        Raises:
+            FileExistsError: if it is a file or holds anything.
+        """
+        if self.fs.exists(self.url) and (not self.fs.isdir(self.url) or self.fs.ls(self.url)):
+            raise FileExistsError(f"output-dir: {self.url!r} exists and is not an empty folder; name a new one.")
+
     def refuse_unwritable(self) -> None:
         """Find out now whether files can be written here, and leave no trace.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from lightning_unlearn.callback import BackdoorUnlearning
 from lightning_unlearn.checkpoint import load_checkpoint
-from lightning_unlearn.files import refuse_used_folder
+from lightning_unlearn.folder import Folder
 
-__all__ = ["CheckpointCLI", "CheckpointJob", "from_python", "load_into", "with_output_dir"]
+__all__ = ["CheckpointCLI", "from_python", "load_into", "on_checkpoint"]
 
 _T = TypeVar("_T")
 
@@ -49,8 +48,24 @@ class CheckpointCLI(LightningCLI):
         parser.add_argument("--output_dir", type=str, default=None, help="New or empty folder for what is written.")
         parser.add_lightning_class_args(BackdoorUnlearning, "unlearning")
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse an output folder that cannot be used before anything is made, and send logs there, too.
 
-class CheckpointJob(L.LightningModule, Generic[_T]):
+        Raises:
+            FileExistsError: if it holds anything.
+            OSError: if nothing can be written to it.
+        """
+        output_dir = self.config["output_dir"]
+        if not output_dir:
+            return
+        if getattr(rank_zero_only, "rank", 0) == 0:  # a second process starts when the first has written there
+            folder = Folder(output_dir)
+            folder.refuse_used()
+            folder.refuse_unwritable()
+        self.config["trainer"]["default_root_dir"] = output_dir
+
+
+class _Job(L.LightningModule, Generic[_T]):
     """Lets a Trainer put a finished model on its devices and run some work there, without any training loop.
 
     Args:
@@ -96,20 +111,21 @@ def load_into(cli: CheckpointCLI) -> dict[str, Any]:
     return checkpoint
 
 
-def with_output_dir(args: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The folder that a command line names, and the words by which logs go there, too.
+def on_checkpoint(cli: CheckpointCLI, work: Callable[[L.Trainer, L.LightningModule], _T]) -> _T:
+    """Do a command's work on its model, on the Trainer's devices; what came of it.
 
     Raises:
-        FileExistsError: if the folder is used.
+        ValueError: if nothing came back, so that nobody takes silence for a result.
     """
-    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    given.add_argument("--output_dir")
-    output_dir = given.parse_known_args(args)[0].output_dir
-    if not output_dir:
-        return None, list(args)
-    if getattr(rank_zero_only, "rank", 0) == 0:  # a second process starts when the first has written there
-        refuse_used_folder(output_dir)
-    return output_dir, [*args, f"--trainer.default_root_dir={output_dir}"]
+    job = _Job(cli.model, work)
+    cli.trainer.limit_predict_batches = 1  # all is done in the first one, whatever the Trainer was told
+    cli.trainer.predict(job, return_predictions=False)
+    if job.result is None:
+        raise ValueError(
+            f"trainer: nothing was done, or {type(cli.trainer.strategy).__name__} did it in processes that give "
+            "nothing back; use one device, or a strategy that does not spawn."
+        )
+    return job.result
 
 
 @contextmanager

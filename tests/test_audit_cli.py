@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_unlearn import entry
+from lightning_unlearn import BackdoorUnlearning, entry
 from lightning_unlearn.cli import main
+from lightning_unlearn.folder import Folder
 from lightning_unlearn.triggers import EstimatedTrigger
 from lightning_unlearn.verdict import Audit
 
@@ -60,14 +62,14 @@ def save(victim: Any, name: str, *, channels: int = 1) -> None:
     torch.save({"state_dict": state, "pytorch-lightning_version": L.__version__}, name)
 
 
-def write(name: str, *, channels: int = 1, **change: Any) -> None:
+def write(name: str, *, channels: int = 1, trainer: dict[str, Any] = QUIET, **change: Any) -> None:
     unlearning = {
         "clean_data": {"class_path": f"{__name__}.HandImages", "init_args": {"channels": channels}},
         "auditor": {"steps": 10},
         "samples_per_class": 4,
     }
     model = {"class_path": f"{__name__}.HandNet", "init_args": {"channels": channels}}
-    Path(name).write_text(yaml.safe_dump({"trainer": QUIET, "model": model, "unlearning": unlearning | change}))
+    Path(name).write_text(yaml.safe_dump({"trainer": trainer, "model": model, "unlearning": unlearning | change}))
 
 
 @pytest.fixture
@@ -131,6 +133,25 @@ def test_a_trigger_in_the_configuration_is_not_looked_at(folder):
 def test_exit_codes(folder, monkeypatch):
     assert code(monkeypatch) == 3
     assert code(monkeypatch, ckpt="clean.ckpt") == 0
+
+
+@pytest.mark.parametrize("limit", ["limit_predict_batches=0", "limit_predict_batches=0.1", "fast_dev_run=true"])
+def test_no_limit_of_the_trainers_skips_the_audit(folder, monkeypatch, limit):
+    assert code(monkeypatch, f"--trainer.{limit}") == 3
+
+
+@pytest.mark.parametrize(("command", "work"), [("audit", "audit"), ("repair", "unlearn"), ("compare", "clean_images")])
+def test_silence_is_no_result(folder, monkeypatch, command, work):
+    """Lightning's loop takes a StopIteration from anywhere within for its end."""
+
+    def stop(*args: Any) -> Any:
+        raise StopIteration
+
+    monkeypatch.setattr(BackdoorUnlearning, work, stop)
+    write("audit.yaml", trigger=PATCH)
+    left = code(monkeypatch, "--output-dir=new", command=command)
+    assert left.startswith("lightning-unlearn: trainer: nothing was done, or SingleDeviceStrategy did it in processes")
+    assert files(folder) == ["audit.yaml", "backdoored.ckpt", "clean.ckpt"]
 
 
 def test_a_class_without_clean_images_is_looked_at_with_the_others(folder, capsys):
@@ -231,13 +252,58 @@ def test_no_picture_without_matplotlib(folder, monkeypatch, capsys):
     assert f"Everything is in new: audit.json, {TRIGGER}\n" in capsys.readouterr().out
 
 
-def test_a_used_folder_is_refused(folder, monkeypatch):
+def test_an_output_dir_of_another_file_system(folder, capsys):
+    there = Folder("memory://audited")
+    audit("--output-dir", there.url)
+    written = sorted(os.path.basename(path) for path in there.fs.find(there.url))
+    assert written == ["audit.json", "audit.png", TRIGGER]
+    assert files(folder) == ["audit.yaml", "backdoored.ckpt", "clean.ckpt"]
+    assert f"Everything is in memory://audited: audit.json, audit.png, {TRIGGER}" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match=r"output-dir: 'memory://audited' exists and is not an empty folder"):
+        audit("--output-dir", there.url)
+    there.fs.rm(there.url, recursive=True)
+
+
+def by_option(name: str) -> list[str]:
+    return ["--output-dir", name]
+
+
+def by_yaml(name: str) -> list[str]:
+    Path("audit.yaml").write_text(f"{Path('audit.yaml').read_text()}output_dir: {name}\n")
+    return []
+
+
+EITHER = pytest.mark.parametrize("name", [by_option, by_yaml])
+
+
+@EITHER
+@pytest.mark.parametrize("command", ["audit", "repair", "compare"])
+def test_a_used_folder_is_refused(folder, monkeypatch, name, command):
     used = folder / "used"
     used.mkdir()
     (used / "notes.txt").write_text("mine")
-    left = code(monkeypatch, "--output-dir", "used")
+    monkeypatch.setattr(HandNet, "__init__", None)  # before anything is made
+    left = code(monkeypatch, *name("used"), command=command)
     assert left == "lightning-unlearn: output-dir: 'used' exists and is not an empty folder; name a new one."
     assert files(used) == ["notes.txt"]
+
+
+@EITHER
+@pytest.mark.parametrize("command", ["audit", "repair", "compare"])
+def test_a_folder_that_cannot_be_is_refused(folder, monkeypatch, name, command):
+    monkeypatch.setattr(HandNet, "__init__", None)
+    left = code(monkeypatch, *name("clean.ckpt/new"), command=command)
+    assert left.startswith("lightning-unlearn: output_dir: nothing can be written to 'clean.ckpt/new'")
+
+
+@EITHER
+@pytest.mark.parametrize(("command", "written"), [("audit", "audit.json"), ("repair", "report.json")])
+def test_everything_goes_into_the_folder(folder, name, command, written):
+    write("audit.yaml", trainer=QUIET | {"logger": True})
+    main([command, "--config=audit.yaml", "--ckpt_path=clean.ckpt", *name("new")])
+    assert written in files(folder / "new")
+    assert any(name.startswith("lightning_logs/") for name in files(folder / "new"))
+    assert {path.split("/")[0] for path in files(folder)} == {"audit.yaml", "backdoored.ckpt", "clean.ckpt", "new"}
 
 
 # Repair without a trigger

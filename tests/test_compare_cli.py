@@ -290,6 +290,12 @@ def test_unknown_class_in_the_list(victim, capsys):
 # Where it goes
 
 
+def test_an_output_dir_elsewhere(victim):
+    with pytest.raises(ValueError, match=r"output-dir: 'memory://out' is not on this machine, and this command writes"):
+        compare(out="memory://out")
+    assert files(victim) == ["original.ckpt", "repair.yaml"]
+
+
 def test_used_output_dir(victim):
     Path("used").mkdir()
     Path("used/notes.txt").write_text("mine")

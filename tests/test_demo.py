@@ -395,6 +395,12 @@ def test_a_file_is_no_folder(no_training):
         main(["demo", "--output-dir", "file"])
 
 
+def test_a_folder_elsewhere_is_refused(no_training):
+    with pytest.raises(ValueError, match=r"output-dir: 'memory://demo' is not on this machine"):
+        main(["demo", "--output-dir", "memory://demo"])
+    assert list(no_training.iterdir()) == []
+
+
 def test_empty_folder_is_used(no_training):
     (no_training / "empty").mkdir()
     with pytest.raises(StopHereError):

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_unlearn.files import free_path, refuse_used_folder, write_whole
+from lightning_unlearn.files import free_name, write_whole
 
 
 @pytest.fixture
@@ -22,36 +21,17 @@ def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
-# free_path
-
-
-def test_a_free_path_is_taken_as_it_is(tmp_path):
-    assert free_path(tmp_path / "model.ckpt") == tmp_path / "model.ckpt"
-
-
-def test_a_used_path_gets_a_number(tmp_path):
-    wanted = ["epoch=1-step=2.5.ckpt", "epoch=1-step=2.5-v1.ckpt", "epoch=1-step=2.5-v2.ckpt"]
-    for name in wanted:
-        path = free_path(tmp_path / wanted[0])
-        assert path.name == name
-        path.write_text("")
+# free_name
 
 
 @given(st.sets(st.sampled_from(["a.json", "a-v1.json", "a-v2.json", "a-v3.json", "b.json"])))
-def test_a_free_path_never_exists(tmp_path_factory, names):
-    folder = tmp_path_factory.mktemp("used")
-    for name in names:
-        (folder / name).write_text("")
-    path = free_path(folder / "a.json")
-    assert path.parent == folder
-    assert path.name not in names
-    assert path.suffix == ".json"
+def test_a_free_name_is_the_first_that_is_not_taken(names):
+    free = free_name("a.json", names.__contains__)
+    assert free == next(name for name in ("a.json", *(f"a-v{n}.json" for n in range(1, 5))) if name not in names)
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("nowhere")], ids=["folder", "broken link"])
-def test_folders_and_broken_links_are_in_the_way_too(tmp_path, make):
-    make(tmp_path / "report.json")
-    assert free_path(tmp_path / "report.json").name == "report-v1.json"
+def test_the_number_comes_before_the_last_suffix():
+    assert free_name("epoch=1-step=2.5.ckpt", {"epoch=1-step=2.5.ckpt"}.__contains__) == "epoch=1-step=2.5-v1.ckpt"
 
 
 # write_whole
@@ -116,22 +96,3 @@ def test_the_umask_is_honoured(tmp_path, umask, mask, wanted):
     umask(mask)
     path = write_whole(tmp_path / "report.json", lambda partial: partial.write_text(""))
     assert mode(path) == wanted
-
-
-# refuse_used_folder
-
-
-@pytest.mark.parametrize("kind", [str, Path])
-def test_new_and_empty_folders_are_fine(tmp_path, kind):
-    assert refuse_used_folder(kind(tmp_path)) == tmp_path
-    assert refuse_used_folder(kind(tmp_path / "new")) == tmp_path / "new"
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_used_folder_is_refused(tmp_path):
-    (tmp_path / ".hidden").write_text("")
-    with pytest.raises(FileExistsError, match=r"^output-dir: '.*' exists and is not an empty folder; name a new one"):
-        refuse_used_folder(tmp_path)
-    with pytest.raises(FileExistsError, match=r"^output-dir: "):
-        refuse_used_folder(tmp_path / ".hidden")
-    assert os.listdir(tmp_path) == [".hidden"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -53,9 +54,32 @@ def test_nothing_was_written(folder):
     assert names(folder) == []
 
 
-def test_a_broken_link_is_in_the_way(tmp_path):
-    (tmp_path / "a.ckpt").symlink_to("nowhere")
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("nowhere")], ids=["folder", "broken link"])
+def test_folders_and_broken_links_are_in_the_way_too(tmp_path, make):
+    make(tmp_path / "a.ckpt")
     assert Folder(tmp_path).free("a.ckpt") == "a-v1.ckpt"
+
+
+def test_new_and_empty_folders_are_not_used(folder):
+    folder.refuse_used()
+    assert not folder.fs.exists(folder.url)
+    folder.fs.makedirs(folder.url)
+    folder.refuse_used()
+
+
+def test_a_used_folder_is_refused(folder):
+    folder.fs.makedirs(folder.url)
+    folder.fs.pipe(folder.path(".hidden"), b"mine")
+    for used in (folder, Folder(folder.path(".hidden"))):
+        with pytest.raises(FileExistsError, match=rf"^output-dir: '{used.url}' exists and is not an empty"):
+            used.refuse_used()
+    assert names(folder) == [".hidden"]
+
+
+def test_a_folder_on_this_machine_is_a_path(tmp_path):
+    assert [Folder(url).local() for url in (tmp_path, f"file://{tmp_path}", "out")] == [tmp_path, tmp_path, Path("out")]
+    with pytest.raises(ValueError, match=r"^output-dir: 'memory://bucket/run' is not on this machine, and this"):
+        Folder("memory://bucket/run").local()
 
 
 def test_a_writable_folder_is_left_as_it_is(folder):
