@@ -37,7 +37,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"ckpt_path: {str(path)!r} cannot be loaded with weights_only=True, so it is damaged or holds Python "
             f"objects that could run code on loading. Save it again with plain hyper-parameters. ({error})"
         ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise ValueError(f"ckpt_path: {str(path)!r} is no Lightning checkpoint: it holds no 'state_dict'.")
     return checkpoint
 

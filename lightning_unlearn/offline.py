@@ -11,6 +11,9 @@ import lightning.pytorch as L  # noqa: N812 - the usual name
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]  # public, but re-exported implicitly
+    rank_zero_warn,
+)
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.callback import BackdoorUnlearning
@@ -94,20 +97,37 @@ class _Job(L.LightningModule, Generic[_T]):
 def load_into(cli: CheckpointCLI) -> dict[str, Any]:
     """Load the checkpoint that a command was given into the model that it configured; the checkpoint.
 
+    The model is built and loaded as Lightning would: in ``configure_model`` and ``setup`` where it has these, with
+    ``on_load_checkpoint`` and its own ``strict_loading``.
+
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if it cannot be loaded safely, or is of another model.
     """
-    path = cli.config["ckpt_path"]
+    path, model = cli.config["ckpt_path"], cli.model
     checkpoint = load_checkpoint(path)
+    loaded = {**checkpoint, "state_dict": dict(checkpoint["state_dict"])}  # the model may change it
+    model.trainer = cli.trainer
+    model.configure_model()
+    if not loaded["state_dict"].keys() <= model.state_dict().keys():
+        model.setup("predict")  # not "fit", since there is no training data to look at
+    model.on_load_checkpoint(loaded)
     try:
-        cli.model.load_state_dict(checkpoint["state_dict"])
+        keys = model.load_state_dict(loaded["state_dict"], strict=model.strict_loading)
+        if not model.strict_loading and len(keys.unexpected_keys) == len(loaded["state_dict"]):
+            raise RuntimeError("Nothing of it is in the model.")
     except RuntimeError as error:
         problem = str(error).splitlines()[-1].strip()  # one of many, most often
         raise ValueError(
-            f"ckpt_path: {path!r} does not fit {type(cli.model).__name__} as the configuration "
-            f"makes it; give `model` the arguments that it was trained with. ({problem})"
+            f"ckpt_path: {path!r} does not fit {type(model).__name__} as the configuration makes it; give `model` the "
+            "arguments that it was trained with, and let it make all its layers in __init__, in configure_model or in "
+            f"setup whatever the stage. ({problem})"
         ) from error
+    if not model.strict_loading and any(keys):
+        rank_zero_warn(
+            f"ckpt_path: {path!r} was loaded with strict_loading=False: it lacks {len(keys.missing_keys)} of the "
+            f"model's tensors, and the model {len(keys.unexpected_keys)} of its own."
+        )
     return checkpoint
 
 
