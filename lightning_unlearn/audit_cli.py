@@ -54,7 +54,7 @@ def audit(args: Sequence[str]) -> Audit:
     def work(trainer: L.Trainer, model: L.LightningModule) -> Audit:
         found: Audit = unlearning.audit(trainer, model)
         if output_dir and trainer.is_global_zero:
-            images, _ = unlearning.clean_images(model).scoring()
+            images, _ = unlearning.clean_images(model, skip_missing=True).scoring()
             saved.extend(_save(found, images, Folder(output_dir)))
         return found
 

@@ -71,16 +71,18 @@ class BackdoorUnlearning(Callback):
         ``repoint=True``.
 
     Args:
-        clean_data: clean images that the model was not trained on, with or without labels, as a
-            :class:`~lightning_unlearn.HoldoutDataModule`, another LightningDataModule, a Dataset or a DataLoader. Its
-            test images, if it has any, are what the report's rates are measured on; the repair never sees them.
+        clean_data: clean images that the model was not trained on, with labels as a
+            :class:`~lightning_unlearn.HoldoutDataModule`, or with or without as another LightningDataModule, a Dataset
+            or a DataLoader. Its test images, if it has any, are what the report's rates are measured on; the repair
+            never sees them.
         trigger: the trigger to unlearn, with the target class. None or ``"auto"`` if nobody knows it: then the model is
             audited first, left alone bit for bit if it looks clean, and else repaired against estimated triggers.
         method: the repair method; :class:`MaskPrune` by default, for an unknown trigger in an :class:`Alternation`.
         evaluation_trigger: the real trigger of an experiment in which the repair is not to know it: only the report's
             rates are measured with it, on the test images of ``clean_data``, or on its validation part if it has none.
         auditor: how to estimate an unknown trigger, with its ``max_time``.
-        samples_per_class: clean images drawn per class, None for all there are; a HoldoutDataModule draws by itself.
+        samples_per_class: clean images drawn per class, at most so many where there are no labels, None for all there
+            are; a HoldoutDataModule draws by itself.
         validation_share: the part of each class that validates, at least one image; a HoldoutDataModule splits by
             itself.
         seed: seed of the draw and of the method.
@@ -403,7 +405,7 @@ class BackdoorUnlearning(Callback):
         Raises:
             ValueError: as :func:`~lightning_unlearn.audit` does.
         """
-        with self._session(trainer, module) as session:
+        with self._session(trainer, module, skip_missing=True) as session:
             return session.audit(self.auditor or Auditor(seed=self.seed))
 
     def plan(self) -> RepairPlan:
@@ -411,13 +413,13 @@ class BackdoorUnlearning(Callback):
         return RepairPlan(**{field.name: getattr(self, field.name) for field in fields(RepairPlan)})
 
     @contextmanager
-    def _session(self, trainer: Trainer, module: LightningModule) -> Iterator[Session]:
+    def _session(self, trainer: Trainer, module: LightningModule, *, skip_missing: bool = False) -> Iterator[Session]:
         with termination(trainer, Processes.current(module.device)) as obey:
-            clean = self.clean_images(module)
+            clean = self.clean_images(module, skip_missing=skip_missing)
             yield Session(trainer, module, clean, lambda images: self.logits(module, images), obey)
 
-    def clean_images(self, module: LightningModule) -> CleanImages:
-        """The clean images that are drawn for a module."""
+    def clean_images(self, module: LightningModule, *, skip_missing: bool = False) -> CleanImages:
+        """The clean images that are drawn for a module, for an audit also where a class has none."""
         return CleanImages(
             self.clean_data,
             module,
@@ -425,6 +427,7 @@ class BackdoorUnlearning(Callback):
             samples_per_class=self.samples_per_class,
             validation_share=self.validation_share,
             seed=self.seed,
+            skip_missing=skip_missing,
         )
 
 

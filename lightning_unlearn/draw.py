@@ -69,11 +69,12 @@ class Draw:
             dataset: a map-style dataset of clean images, as the model takes them; without labels ``predict``
                 tells them.
             predict: (N, C, H, W) images to (N, classes) logits.
-            samples_per_class: clean images drawn per class (SPC), at least 2.
+            samples_per_class: clean images drawn per class (SPC), at least 2; without labels at most so many.
             share: the share of ``dataset`` to draw instead, in (0, 1]; then give ``samples_per_class=None``.
             validation_share: the part of each class that validates, at least one image.
             seed: seed of the draw.
-            skip_missing: pass over classes without any image instead of refusing them.
+            skip_missing: pass over classes without any image, or without labels over those without two, instead of
+                refusing them.
 
         Raises:
             ValueError: if the draw is impossible.
@@ -94,6 +95,7 @@ class Draw:
             validation_share=validation_share,
             seed=seed,
             skip_missing=skip_missing,
+            up_to=not given,  # a model hardly ever gives each class as many images as are wanted
         )
         scoring, validation = Subset(dataset, holdout.scoring), Subset(dataset, holdout.validation)
         return cls(

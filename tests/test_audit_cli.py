@@ -56,6 +56,29 @@ class HandImages(Dataset[tuple[Tensor, int]]):
         return self.images[index], int(self.targets[index])
 
 
+class FewImages(HandImages):
+    """The first of them, without labels: seven are three, two and two of the classes, five leave one for the third."""
+
+    def __init__(self, count: int = 7) -> None:
+        super().__init__()
+        self.count = count
+        del self.targets
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+class SomeImages(HandImages):
+    """None of class 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images, self.targets = (part[self.targets != 1] for part in (self.images, self.targets))
+
+
 def save(victim: Any, name: str, *, channels: int = 1) -> None:
     state = {f"net.{key}": value.clone() for key, value in victim.net.state_dict().items()}
     state["net.0.weight"] = state["net.0.weight"].repeat(1, channels, 1, 1) / channels
@@ -162,6 +185,21 @@ def test_a_class_without_clean_images_is_looked_at_with_the_others(folder, capsy
     assert json.loads(capsys.readouterr().out)["unseen"] == [2]
     audit(ckpt="clean.ckpt")
     assert "There was no clean image of class 2." in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("data", "unseen"), [("SomeImages", (1,)), ("FewImages", ()), ("FewImages --unlearning.clean_data.count=5", (2,))]
+)
+def test_the_images_that_there_are_will_do(folder, data, unseen):
+    found = audit(*f"--unlearning.clean_data={__name__}.{data}".split(), "--output-dir=new")
+    assert (found.verdict, found.suspected_target, found.unseen) == ("backdoored", 0, unseen)
+    assert found.labels == ("given" if data == "SomeImages" else "predicted")
+    assert files(folder / "new") == ["audit.json", "audit.png", TRIGGER]
+
+
+def test_a_repair_needs_images_of_each_class(folder, monkeypatch):
+    left = code(monkeypatch, f"--unlearning.clean_data={__name__}.SomeImages", command="repair")
+    assert left.startswith("lightning-unlearn: class 1 has no images in the dataset, but 4 are needed")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_unlearn import audit
+from lightning_unlearn import audit, repair
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.triggers import Normalization
 from tests.small_audits import FAST, examined, honest, numbers, rows
@@ -156,6 +156,18 @@ def test_a_dataset_without_labels(net, make_clean):
     expected = audit(net, TensorDataset(images[kept], answers[kept]), samples_per_class=2, auditor=FAST)
     assert (found.labels, expected.labels) == ("predicted", "given")
     assert numbers(found) == numbers(expected)
+
+
+def test_a_dataset_without_labels_has_some_classes_more_often_than_others(net, make_clean):
+    """As it hardly ever is in tests: the model gives the classes 1, 2 and 7 images."""
+    images, _ = make_clean(12, size=6).tensors
+    answers = net.eval()(images).argmax(1)
+    first, second, third = answers.bincount(minlength=4).argsort(descending=True)[:3].tolist()
+    kept = torch.cat([(answers == c).nonzero().flatten()[:n] for c, n in ((first, 7), (second, 2), (third, 1))])
+    found = audit(net, TensorDataset(images[kept]), samples_per_class=4, auditor=FAST)
+    assert set(range(4)) - set(found.unseen) == {first, second}
+    with pytest.raises(ValueError, match=rf"class {third} has 1 image in the dataset, but 2 are needed|has no images"):
+        repair(net, TensorDataset(images[kept]), samples_per_class=4, auditor=FAST)
 
 
 def test_double_precision(net, make_clean):

@@ -39,6 +39,7 @@ class CleanImages:
         samples_per_class: clean images drawn per class; None for all. Not used for a :class:`HoldoutDataModule`.
         validation_share: as for :class:`HoldoutDataModule`; not used for one.
         seed: seed of the draw; not used for a :class:`HoldoutDataModule`.
+        skip_missing: as for :class:`HoldoutDataModule`; not used for one.
 
     Raises:
         TypeError: if ``data`` is none of these.
@@ -54,6 +55,7 @@ class CleanImages:
         samples_per_class: int | None = 10,
         validation_share: float = 0.1,
         seed: int = 0,
+        skip_missing: bool = False,
     ) -> None:
         self.module = module
         self._hooks: DataHooks = data if isinstance(data, LightningDataModule) else module
@@ -75,6 +77,7 @@ class CleanImages:
                 validation_share=validation_share,
                 seed=seed,
                 test_dataset=None if test_loader is None else test_loader.dataset,
+                skip_missing=skip_missing,
             )
         if test_loader is None and self.holdout.test is not None:
             test_loader = self.holdout.test_dataloader()

@@ -55,6 +55,7 @@ def split_holdout(
     seed: int = 0,
     num_classes: int | None = None,
     skip_missing: bool = False,
+    up_to: bool = False,
 ) -> Holdout:
     """Picks images of each class at random and splits them into a scoring and a validation part.
 
@@ -70,6 +71,8 @@ def split_holdout(
         seed: chooses the images; the global random state is neither read nor changed.
         num_classes: how many classes there are; the largest label plus one by default.
         skip_missing: pass over classes without any image instead of refusing them.
+        up_to: of a class with fewer than ``samples_per_class`` images take all, if there are two; with
+            ``skip_missing`` pass over one of which there is a single image.
 
     Returns:
         The indices into ``labels``, in rising order in each part.
@@ -92,14 +95,17 @@ def split_holdout(
     validation: list[int] = []
     for label in range(int(classes.max()) + 1 if num_classes is None else num_classes):
         members = torch.nonzero(classes == label).flatten()
-        if skip_missing and not len(members):
+        if skip_missing and len(members) < (2 if up_to else 1):
             continue
-        count = _count_to_pick(label, len(members), samples_per_class, share)
+        wanted = min(samples_per_class, max(2, len(members))) if up_to and samples_per_class else samples_per_class
+        count = _count_to_pick(label, len(members), wanted, share)
         order = torch.randperm(len(members), generator=seeded_generator("holdout", seed, label))
         picked = members[order[:count]].tolist()
         validating = min(max(1, round(validation_share * count)), count - 1)
         validation += picked[:validating]
         scoring += picked[validating:]
+    if not scoring:
+        raise ValueError("no class has 2 images in the dataset, one to score and one to validate: give more images")
     return Holdout(scoring=tuple(sorted(scoring)), validation=tuple(sorted(validation)))
 
 
@@ -145,7 +151,8 @@ def _count_to_pick(label: int, available: int, samples_per_class: int | None, sh
             "one to score and one to validate: use a larger share"
         )
     needed = samples_per_class or 2
+    fewer = "" if needed == 2 else ", or ask for fewer with samples_per_class"
     raise ValueError(
         f"class {label} has {available or 'no'} image{'' if available == 1 else 's'} in the dataset, but {needed} are "
-        "needed: give more images of it, or ask for fewer with samples_per_class"
+        f"needed: give more images of it{fewer}"
     )

@@ -8,7 +8,8 @@ from torch.utils.data import Subset
 
 from lightning_unlearn.data.holdout import split_holdout
 from lightning_unlearn.data.image_datamodule import ImageDataModule
-from lightning_unlearn.data.labels import AnyDataset, labels_of, overlap
+from lightning_unlearn.data.labels import AnyDataset, is_unlabelled, labels_of, overlap
+from lightning_unlearn.data.unlabelled import PredictedLabels
 
 __all__ = ["HoldoutDataModule"]
 
@@ -20,7 +21,7 @@ class HoldoutDataModule(ImageDataModule):
     the test images, which a repair never sees.
 
     Args:
-        dataset: clean images, any map-style dataset, not the one that the model was trained on.
+        dataset: clean images with labels, any map-style dataset, not the one that the model was trained on.
         samples_per_class: how many images of each class to pick, at least 2; None if ``share`` is given.
         share: instead, which part of each class's images, in (0, 1].
         validation_share: which part of the picked images validates, in (0, 1); at least one of each class does.
@@ -28,6 +29,7 @@ class HoldoutDataModule(ImageDataModule):
         test_dataset: clean images to report on, or None.
         batch_size: images in a batch, at least 1.
         num_workers: processes that load images; 0 loads in the main one.
+        skip_missing: pass over classes without any image instead of refusing them, which will do for an audit.
 
     Attributes:
         holdout: the indices of both parts into ``dataset``.
@@ -38,8 +40,8 @@ class HoldoutDataModule(ImageDataModule):
 
     Raises:
         TypeError: if ``dataset`` is not map-style or has no whole-number labels.
-        ValueError: if a class has too few images, an argument is out of its range, or scoring, validation and test
-            parts share images.
+        ValueError: if there are no labels, a class has too few images, an argument is out of its range, or scoring,
+            validation and test parts share images.
 
     Example:
         >>> import torch
@@ -65,14 +67,26 @@ class HoldoutDataModule(ImageDataModule):
         test_dataset: AnyDataset | None = None,
         batch_size: int = 128,
         num_workers: int = 0,
+        skip_missing: bool = False,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers)
+        try:
+            labels = labels_of(dataset)
+        except (TypeError, ValueError) as error:  # asked only now, since it reads an image
+            if not is_unlabelled(dataset):
+                raise
+            raise ValueError(
+                "dataset: it has no labels, by which images are drawn here; give the dataset itself as clean data, and "
+                "the model's own answers will stand in for them."
+            ) from error
         self.holdout = split_holdout(
-            labels_of(dataset),
+            labels,
             samples_per_class=samples_per_class,
             share=share,
             validation_share=validation_share,
             seed=seed,
+            skip_missing=skip_missing,
+            up_to=isinstance(dataset, PredictedLabels),  # a model hardly ever gives each class as many as are wanted
         )
         self.samples_per_class = samples_per_class
         self.scoring = Subset(dataset, self.holdout.scoring)

@@ -148,6 +148,27 @@ def test_names_the_class_that_has_too_few_images():
         split_holdout([0] * 4, samples_per_class=None, share=1.0, num_classes=2)
 
 
+def test_up_to_takes_what_there_is_of_small_classes_and_the_same_of_others():
+    labels = [0] * 20 + [1] * 3 + [2] * 2
+    holdout = split_holdout(labels, samples_per_class=4, up_to=True)
+    assert [sorted(labels[i] for i in part) for part in (holdout.scoring, holdout.validation)] == [
+        [0, 0, 0, 1, 1, 2],
+        [0, 1, 2],
+    ]
+    alone = split_holdout(labels[:20], samples_per_class=4)
+    assert set(alone.scoring + alone.validation) < set(holdout.scoring + holdout.validation)
+
+
+def test_up_to_needs_two_images_or_passes_over():
+    labels = [0, 0, 1, 3, 3]
+    with pytest.raises(ValueError, match=r"class 1 has 1 image .* but 2 are needed: give more images of it$"):
+        split_holdout(labels, up_to=True)
+    holdout = split_holdout(labels, up_to=True, skip_missing=True)
+    assert {labels[index] for index in holdout.scoring} == {labels[index] for index in holdout.validation} == {0, 3}
+    with pytest.raises(ValueError, match="no class has 2 images in the dataset"):
+        split_holdout([0, 1], up_to=True, skip_missing=True)
+
+
 def test_names_the_class_of_which_the_share_is_too_little():
     with pytest.raises(ValueError, match=r"share=0.1 is 1 of the 10 images of class 1, but at least 2 are needed"):
         split_holdout([0] * 20 + [1] * 10, samples_per_class=None, share=0.1)

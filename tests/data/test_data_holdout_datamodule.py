@@ -31,6 +31,26 @@ def test_parts_and_loaders():
         assert torch.equal(torch.cat([images for images, _ in batches]), torch.stack([image for image, _ in part]))
 
 
+@pytest.mark.parametrize(
+    "dataset", [TensorDataset(torch.zeros(9, 1, 2, 2)), [torch.zeros(1, 2, 2)] * 9], ids=["tensor", "list"]
+)
+def test_images_without_labels(dataset):
+    with pytest.raises(
+        ValueError, match=r"^dataset: it has no labels, by which images are drawn here; give the dataset"
+    ):
+        HoldoutDataModule(dataset)
+
+
+def test_a_class_without_images():
+    dataset = TensorDataset(torch.zeros(8, 1, 2, 2), torch.arange(8) % 2 * 2)
+    with pytest.raises(ValueError, match="class 1 has no images"):
+        HoldoutDataModule(dataset, samples_per_class=4)
+    data = HoldoutDataModule(dataset, samples_per_class=4, skip_missing=True)
+    assert labels_of(data.scoring).bincount().tolist() == [3, 0, 3]
+    with pytest.raises(ValueError, match="class 0 has 4 images in the dataset, but 5 are needed"):
+        HoldoutDataModule(dataset, samples_per_class=5, skip_missing=True)
+
+
 def test_share():
     data = HoldoutDataModule(clean(), samples_per_class=None, share=0.5)
     assert (len(data.scoring), len(data.validation)) == (27, 3)
