@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from fsspec.core import url_to_fs
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -125,24 +127,31 @@ def _read(path: str | Path) -> tuple[Estimate, ...]:
         )
     try:
         return _estimates(tensors, int(metadata["target"]), json.loads(metadata["triggers"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"path: {str(path)!r} is a damaged estimated trigger: {problem}") from error
 
 
 def _estimates(tensors: dict[str, Tensor], target: int, described: Any) -> tuple[Estimate, ...]:
-    """What tensors and metadata say; KeyError, TypeError or ValueError if that does not fit together."""
+    """What tensors and metadata say; the errors that `_read` expects if that does not fit together."""
     if not isinstance(described, list) or not described or not all(isinstance(numbers, dict) for numbers in described):
         raise ValueError(f"triggers: expected a list of one trigger or more, but got {described!r}.")
     estimates = []
     for place, numbers in enumerate(described):
-        family, cost, success = (numbers.pop(name) for name in ("family", "cost", "success"))
+        family, cost, success = numbers.pop("family"), float(numbers.pop("cost")), float(numbers.pop("success"))
         if family not in _KINDS:
             raise ValueError(f"family: expected one of {', '.join(_KINDS)}, but got {family!r}.")
+        if not (math.isfinite(cost) and cost >= 0):
+            raise ValueError(f"cost: expected a finite number of at least 0, but got {cost}.")
+        if not 0 <= success <= 1:
+            raise ValueError(f"success: expected a share in [0, 1], but got {success}.")
         own = {name.partition(".")[2]: name for name in tensors if name.startswith(f"{place}.")}
         named = {short: tensors.pop(name) for short, name in own.items()}
+        for short, tensor in named.items():
+            if tensor.dtype != torch.float32:  # of others, some cannot even be asked whether they are finite
+                raise ValueError(f"{short}: expected float32, but got {tensor.dtype}.")
         trigger = _KINDS[family](**named, **numbers, target=target)
-        estimates.append(Estimate(trigger, family, target, float(cost), float(success)))
+        estimates.append(Estimate(trigger, family, target, cost, success))
     if tensors:
         raise ValueError(f"nothing is said of the tensors {', '.join(sorted(tensors))}.")
     return tuple(estimates)

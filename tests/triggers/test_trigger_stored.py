@@ -52,7 +52,13 @@ def made(family: str, *, target: int = 7, channels: int = 1, height: int = 6, wi
 
 def estimates(*families: str, target: int = 7, **options: Any) -> list[Estimate]:
     return [
-        Estimate(made(family, target=target, seed=place, **options), family, target, 0.1 / 3 * place, 1 - 0.1 * place)
+        Estimate(
+            made(family, target=target, seed=place, **options),
+            family,
+            target,
+            0.1 / 3 * place,
+            max(0.0, 1 - 0.1 * place),
+        )
         for place, family in enumerate(families)
     ]
 
@@ -208,6 +214,13 @@ def test_the_pattern_of_bad_files_is_good(tmp_path):
         (bad(one={"family": None}), "damaged .*: it lacks 'family'"),
         (bad(one={"cost": None}), "damaged .*: it lacks 'cost'"),
         (bad(one={"success": "all"}), "damaged .*: could not convert string to float"),
+        (bad(one={"cost": float("nan")}), "damaged .*: cost: expected a finite number of at least 0, but got nan"),
+        (bad(one={"cost": float("inf")}), "damaged .*: cost: expected a finite number of at least 0, but got inf"),
+        (bad(one={"cost": -0.1}), "damaged .*: cost: expected a finite number of at least 0, but got -0.1"),
+        (bad(one={"cost": 10**400}), "damaged .*: int too large to convert to float"),
+        (bad(one={"success": 1.1}), r"damaged .*: success: expected a share in \[0, 1\], but got 1.1"),
+        (bad(one={"success": float("nan")}), r"damaged .*: success: expected a share in \[0, 1\], but got nan"),
+        (bad(metadata={"triggers": "[" * 200_000}), "damaged .*: maximum recursion depth exceeded"),
         (bad(one={"strength": 0.2}), "damaged .* unexpected keyword argument 'strength'"),
         (bad(one={"family": "covering"}), "damaged .* missing 1 required positional argument: 'mask'"),
         (bad(**{"0.pattern": None, "x": torch.zeros(1)}), "damaged .* missing 1 required positional argument"),
@@ -216,6 +229,10 @@ def test_the_pattern_of_bad_files_is_good(tmp_path):
         (bad(**{"0.pattern": torch.full((1, 6, 5), torch.nan)}), "damaged .*: pattern: expected a finite float tensor"),
         (bad(**{"0.pattern": torch.zeros(6, 5)}), r"pattern: expected a finite float tensor .* shape \(6, 5\)"),
         (bad(**{"0.pattern": torch.zeros(1, 6, 5, dtype=torch.int8)}), "damaged .* but got torch.int8"),
+        (
+            bad(**{"0.pattern": torch.zeros(1, 6, 5).to(torch.float8_e4m3fn)}),
+            "expected float32, but got .*e4m3fn",
+        ),
     ],
 )
 def test_bad_files_one_by_one(tmp_path, data, message):
