@@ -28,7 +28,9 @@ class _AuditCLI(CheckpointCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--json", type=bool, default=False, help="Print JSON and nothing else.")
+        parser.add_argument(
+            "--json", type=bool, nargs="?", const=True, default=False, help="Print JSON and nothing else."
+        )
 
 
 def audit(args: Sequence[str]) -> Audit:
@@ -40,8 +42,6 @@ def audit(args: Sequence[str]) -> Audit:
     The callback's settings are read as `repair` reads them, so one configuration serves both; a trigger in it is not
     looked at.
     """
-    # jsonargparse's flags need a value.
-    args = [word + "=true" if word == "--json" else word for word in args]
     cli = _AuditCLI(args)
     output_dir = cli.config["output_dir"]
     load_into(cli)

@@ -250,6 +250,15 @@ def test_json_alone_on_standard_output(folder, monkeypatch, capfd, ckpt, verdict
     assert all(set(estimate) == {"family", "target", "cost", "success"} for estimate in read["estimates"])
 
 
+@pytest.mark.parametrize(
+    ("words", "alone"),
+    [("--json", True), ("--json true", True), ("--json=true", True), ("--json false", False), ("--json=false", False)],
+)
+def test_json_may_have_a_value(folder, capsys, words, alone):
+    audit(*words.split(), ckpt="clean.ckpt")
+    assert (capsys.readouterr().out[0] == "{") == alone
+
+
 @pytest.mark.parametrize("spelling", ["--output-dir", "--output_dir"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_output_dir(folder, hand_victim, capsys, channels, spelling):
