@@ -221,6 +221,27 @@ def test_errors_are_one_line_and_leave_nothing(folder, monkeypatch, capsys, word
     assert files(folder) == before
 
 
+@pytest.mark.parametrize("command", ["audit", "repair"])
+@pytest.mark.parametrize("data", ["HandImages", "FewImages"])
+def test_images_that_do_not_fit_are_one_line(folder, hand_victim, monkeypatch, command, data):
+    save(hand_victim, "colour.ckpt", channels=3)
+    words = [f"--unlearning.clean_data={__name__}.{data}", "--model.channels=3"]
+    left = code(monkeypatch, *words, command=command, ckpt="colour.ckpt")
+    assert re.match(
+        r"lightning-unlearn: clean_data: HandNet cannot take its images as they are; .*to have \d channel", left
+    )
+    assert "\n" not in left
+
+
+def test_other_errors_keep_their_traceback(folder, monkeypatch):
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr("lightning_unlearn.auditor.largest_margins", fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        code(monkeypatch)
+
+
 def test_a_model_that_answers_always_the_same(folder, hand_victim, monkeypatch):
     with torch.no_grad():
         hand_victim.net[3].bias.copy_(torch.tensor([0.0, 99.0, 0.0]))
