@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,31 +19,34 @@ def intact(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Work on a model in eval mode with gradients enabled and without autocast, and leave it intact.
 
     On leaving, every submodule's ``training`` flag, every parameter's ``requires_grad`` and ``.grad``, and the global
-    random state are as they were. After an exception (Ctrl-C included), all parameters and buffers are too, bit for
-    bit; without one, what was written into them stays.
+    random states (torch's, numpy's and Python's) are as they were. After an exception (Ctrl-C included), all parameters
+    and buffers are too, bit for bit, and the very same tensors; without one, what was written into them stays.
 
     Args:
         model: any module.
 
     Yields:
-        The model's parameters and buffers as they were on entering, by name, for whoever wants to go back.
+        The model's parameters and buffers as they were on entering, for whoever wants to go back: by every name that
+        they have, as in its ``state_dict``, but only one copy of each.
     """
     flags = {module: module.training for module in model.modules()}
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    devices = sorted({t.device.index or 0 for t in tensors.values() if t.is_cuda})
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    copies = {tensor: tensor.detach().clone() for tensor in tensors.values()}
+    tables = [table for module in flags for table in (module._parameters, module._buffers)]
+    places = [(table, name, tensor) for table in tables for name, tensor in table.items()]
+    devices = sorted({t.device.index or 0 for t in copies if t.is_cuda})
     try:
         # A repair may be started inside a validation loop, where Lightning switches gradients off, and autocast on.
-        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), _exact(tensors):
+        with _same_draws(devices), torch.inference_mode(False), torch.enable_grad(), _exact(copies):
             model.eval()
             for parameter, _, _ in parameters:
                 parameter.grad = None
                 if parameter.is_floating_point():
                     parameter.requires_grad_(True)
-            yield before
+            yield {name: copies[tensor] for name, tensor in tensors.items()}
     except BaseException:
-        _put_back(tensors, before)
+        _put_back(places, copies)
         raise
     finally:
         for module, training in flags.items():
@@ -51,19 +57,40 @@ def intact(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def _exact(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def _same_draws(devices: Sequence[int]) -> Iterator[None]:
+    """Let what comes after draw the random numbers that it would have drawn without this."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def _exact(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Compute on the tensors' devices in the type that they have, whatever ``torch.autocast`` was told outside."""
     with ExitStack() as stack:
-        for device in sorted({tensor.device.type for tensor in tensors.values()}):
+        for device in sorted({tensor.device.type for tensor in tensors}):
             if torch.amp.is_autocast_available(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
 @torch.no_grad()
-def _put_back(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+def _put_back(
+    places: Sequence[tuple[MutableMapping[str, Any], str, Tensor | None]], copies: Mapping[Tensor, Tensor]
+) -> None:
     try:
-        for name, tensor in tensors.items():
-            tensor.copy_(before[name])
+        for table, name, tensor in places:
+            if table.get(name) is not tensor:  # a forward pass may put a new buffer in an old one's place
+                table[name] = tensor
+        for tensor, value in copies.items():
+            if tensor.layout is torch.strided:
+                for dim, stride in enumerate(tensor.stride()):
+                    if stride == 0:  # `expand` was called: these numbers are one, which can be written only as one
+                        tensor, value = tensor.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+            tensor.copy_(value)
     except KeyboardInterrupt:  # a second Ctrl-C would leave half of them
-        _put_back(tensors, before)
+        _put_back(places, copies)

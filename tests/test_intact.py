@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -128,6 +131,19 @@ def test_the_global_random_state_comes_back(model):
     assert torch.equal(torch.rand(4), expected)
 
 
+@pytest.mark.parametrize(("seed", "draw"), [(random.seed, random.random), (np.random.seed, np.random.rand)])
+@pytest.mark.parametrize("fails", [False, True])
+def test_pythons_and_numpys_random_states_come_back(model, seed, draw, fails):
+    seed(3)
+    expected = draw()
+    seed(3)
+    with contextlib.suppress(ValueError), intact(model):
+        assert draw() == expected  # inside it goes on from where it was
+        if fails:
+            raise ValueError("inside")
+    assert draw() == expected
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("fails", [False, True])
 def test_inside_a_validation_loop(model, mode, fails):
@@ -163,7 +179,8 @@ def test_shared_parameters_and_modules_that_appear_twice():
 
     def fail():
         with intact(net) as before:
-            assert list(before) == ["0.weight", "0.bias"]
+            assert before.keys() == net.state_dict().keys()
+            assert before["0.weight"] is before["2.weight"]
             shared.weight.data.zero_()
             raise ValueError("inside")
 
@@ -204,3 +221,47 @@ def test_a_second_ctrl_c_while_putting_back(monkeypatch):
         work()
     assert len(copies) == 3 + 4
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+class Counting(nn.Module):
+    """Puts a new buffer in the old one's place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("nothing", None)
+
+    def forward(self, images):
+        self.seen = self.seen + len(images)
+        self.nothing = torch.ones(1)
+        return images
+
+
+def test_after_an_exception_the_very_same_buffers_are_there():
+    net = nn.Sequential(Counting())
+    seen = net[0].seen
+
+    def fail():
+        with intact(net):
+            net(torch.rand(2, 1))
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail()
+    assert net[0].seen is seen
+    assert seen == 0
+    assert net[0].nothing is None
+
+
+def test_a_buffer_whose_numbers_are_one_hides_no_exception():
+    net, one = nn.Linear(2, 2), torch.tensor([0.5])
+    net.register_buffer("mean", one[:, None].expand(1, 3, 4))
+
+    def fail():
+        with intact(net):
+            one.fill_(7)
+            raise KeyError("the true error")
+
+    with pytest.raises(KeyError, match="the true error"):
+        fail()
+    assert torch.equal(net.mean, torch.full((1, 3, 4), 0.5))
