@@ -260,16 +260,19 @@ class BackdoorUnlearning(Callback):
         """Repairs the model and writes checkpoint and report."""
         saves = not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by the Trainer's initialisation
         self._left_with = "the weights with which training ended, NOT repaired; no file was written"
-        with intact(pl_module) as self._original:
-            # A later callback goes on from what an earlier one has left, and keeps at zero what that one pruned.
-            unlearners = _unlearners(trainer)
-            earlier = unlearners[: unlearners.index(self)]
-            if self.source == "best" and saves and not earlier:
-                load_original(trainer, pl_module)
-            for other in earlier:
-                self._hold(other._held)
-            report = self.unlearn(trainer, pl_module)
-        self.report, self._original, self._repaired = report, None, report.status == "repaired"
+        try:
+            with intact(pl_module) as self._original:
+                # A later callback goes on from what an earlier one has left, and keeps at zero what that one pruned.
+                unlearners = _unlearners(trainer)
+                earlier = unlearners[: unlearners.index(self)]
+                if self.source == "best" and saves and not earlier:
+                    load_original(trainer, pl_module)
+                for other in earlier:
+                    self._hold(other._held)
+                report = self.unlearn(trainer, pl_module)
+        finally:
+            self._original = None  # from here on a checkpoint is to hold what the model holds
+        self.report, self._repaired = report, report.status == "repaired"
         if saves:
             with termination(trainer, Processes.current(pl_module.device)):
                 self._save(trainer, report)
