@@ -24,16 +24,12 @@ from typing_extensions import override
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.companions import callbacks_of, refuse_companions, refuse_strategy
 from lightning_unlearn.data.clean import CleanImages, refuse_training_data
-from lightning_unlearn.data.labels import is_unlabelled
-from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.data.unlabelled import first_image
-from lightning_unlearn.evaluation import logits_of
-from lightning_unlearn.filters import FilterMask, find_filters
+from lightning_unlearn.filters import FilterMask
 from lightning_unlearn.intact import intact
 from lightning_unlearn.methods import RepairMethod
 from lightning_unlearn.plan import RepairPlan, check_trigger
 from lightning_unlearn.processes import Processes
-from lightning_unlearn.repair import refuse_missing_classes
+from lightning_unlearn.rehearsal import Rehearsal
 from lightning_unlearn.report import Report
 from lightning_unlearn.saving import (
     NO_BEST,
@@ -41,6 +37,7 @@ from lightning_unlearn.saving import (
     load_original,
     original_stem,
     output_folder,
+    refuse_unloadable,
     refuse_unwritable,
     save_checkpoint,
     save_report,
@@ -49,7 +46,6 @@ from lightning_unlearn.saving import (
 from lightning_unlearn.session import Session
 from lightning_unlearn.termination import termination
 from lightning_unlearn.triggers import Trigger
-from lightning_unlearn.triggers.normalization import in_pixels
 from lightning_unlearn.verdict import Audit
 
 __all__ = ["BackdoorUnlearning"]
@@ -211,43 +207,22 @@ class BackdoorUnlearning(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tries the model on one image and the trigger on all, and after resuming takes up the mask again."""
+        """Tries what the repair will do, and after resuming takes up the mask again."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the Trainer's initialisation
             refuse_unwritable(trainer, output_folder(trainer, self.output_dir))
-        unlabelled = _unlabelled(self.clean_data)
-        if unlabelled is not None:
-            # An untrained model's answers are no labels to draw by, so that only one image can be tried now.
-            self._try(pl_module, first_image(unlabelled).to(pl_module.device))
-            return
-        clean = self.clean_images(pl_module)
-        for loader in CombinedLoader(trainer.train_dataloader).flattened:  # there may be several
-            if isinstance(loader, DataLoader):
-                clean.refuse_training_images(loader.dataset)
-        given = self.evaluation_trigger if self.trigger is None else self.trigger
-        trigger = None if given is None else clean.fit_trigger(given)
-        with intact(pl_module):  # so that training draws what it would have drawn
-            num_classes = self._try(pl_module, clean.first()[0])
-            parts = clean.scoring(), clean.validation()
-            refuse_missing_classes(*(labels for _, labels in parts), num_classes=num_classes)
-            for part in parts:
-                if trigger is not None:
-                    Pairs.stamp(*part, trigger, num_classes=num_classes)
-                if self.trigger is None:
-                    in_pixels(part[0], clean.normalization)
-
-    def _try(self, module: LightningModule, images: Tensor) -> int:
-        """Run the model on images, and find its filters; the number of classes."""
-
-        def forward(images: Tensor) -> Tensor:
-            return self.logits(module, images)
-
-        with intact(module):
-            layers = find_filters(module, images.to(module.dtype), forward)
-            num_classes = logits_of(forward, images.to(module.dtype)).shape[1]
+            if self.source == "best":
+                refuse_unloadable(trainer)
+        rehearsal = Rehearsal(
+            module=pl_module,
+            logits=lambda images: self.logits(pl_module, images),
+            trigger=self.evaluation_trigger if self.trigger is None else self.trigger,
+            estimates=self.trigger is None,
+        )
+        training = CombinedLoader(trainer.train_dataloader).flattened  # there may be several
+        layers = rehearsal.run(self.clean_data, lambda: self.clean_images(pl_module), training)
         if self._mask is not None:
             self._held = FilterMask(layers)
             self._held.load_state_dict(self._mask)
-        return num_classes
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -417,27 +392,31 @@ class BackdoorUnlearning(Callback):
 
     @contextmanager
     def _session(self, trainer: Trainer, module: LightningModule, *, skip_missing: bool = False) -> Iterator[Session]:
-        with termination(trainer, Processes.current(module.device)) as obey:
-            clean = self.clean_images(module, skip_missing=skip_missing)
+        # Inside, images are loaded, too: outside they might be inference tensors, and draw what others were to draw.
+        with intact(module), termination(trainer, Processes.current(module.device)) as obey:
+            clean = self.clean_images(module, trainer, skip_missing=skip_missing)
             yield Session(trainer, module, clean, lambda images: self.logits(module, images), obey)
 
-    def clean_images(self, module: LightningModule, *, skip_missing: bool = False) -> CleanImages:
-        """The clean images that are drawn for a module, for an audit also where a class has none."""
+    def clean_images(
+        self, module: LightningModule, trainer: Trainer | None = None, *, skip_missing: bool = False
+    ) -> CleanImages:
+        """The clean images that are drawn for a module.
+
+        Args:
+            module: the module.
+            trainer: what it runs under, if that is not the module's own Trainer.
+            skip_missing: pass over classes without images, as an audit may.
+        """
         return CleanImages(
             self.clean_data,
             module,
+            trainer=trainer,
             logits=lambda images: self.logits(module, images),
             samples_per_class=self.samples_per_class,
             validation_share=self.validation_share,
             seed=self.seed,
             skip_missing=skip_missing,
         )
-
-
-def _unlabelled(data: object) -> Dataset[Any] | None:
-    """The dataset, if it is one of images alone."""
-    dataset = data.dataset if isinstance(data, DataLoader) else data
-    return dataset if isinstance(dataset, Dataset) and is_unlabelled(dataset) else None
 
 
 def _unlearners(trainer: Trainer) -> list[BackdoorUnlearning]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Literal
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -29,6 +32,7 @@ __all__ = [
     "load_original",
     "original_stem",
     "output_folder",
+    "refuse_unloadable",
     "refuse_unwritable",
     "save_checkpoint",
     "save_report",
@@ -67,7 +71,26 @@ def load_original(trainer: Trainer, module: LightningModule) -> None:
         raise MisconfigurationException(NO_BEST)
     _wait_until_written(trainer)
     trainer.strategy.barrier()
-    module.load_state_dict(load_checkpoint(best)["state_dict"])
+    checkpoint = load_checkpoint(best)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+
+
+def refuse_unloadable(trainer: Trainer) -> None:
+    """Find out before training whether the best checkpoint will be loadable without running code.
+
+    Raises:
+        MisconfigurationException: naming the hyper-parameter by which it would not be.
+    """
+    for owner in (trainer.lightning_module, trainer.datamodule):  # type: ignore[attr-defined]  # set by the Trainer's connector
+        for name, value in ({} if owner is None else owner.hparams).items():
+            if not _is_plain(value):
+                raise MisconfigurationException(
+                    f"source: 'best' loads the Trainer's checkpoint with weights_only=True, so that no code in it can "
+                    f"run, but hyper-parameter {name!r} of {type(owner).__name__} is a {type(value).__name__}, which "
+                    "cannot be loaded so. Give plain Python, such as a str, or "
+                    f"save_hyperparameters(ignore=[{name!r}]), or use source='last'."
+                )
 
 
 def output_folder(trainer: Trainer, output_dir: str | None) -> Folder:
@@ -172,3 +195,18 @@ def _wait_until_written(trainer: Trainer) -> None:
         if isinstance(writer, AsyncCheckpointIO):
             writer.teardown()
         writer = getattr(writer, "checkpoint_io", None)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a checkpoint that holds it can be loaded without running code."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+    except Exception:  # what cannot be pickled is not in the checkpoint: Lightning leaves it out
+        return True
+    buffer.seek(0)
+    try:
+        torch.load(buffer, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_unlearn.auditor import Auditor
-from lightning_unlearn.data.clean import CleanImages
+from lightning_unlearn.data.clean import CleanImages, as_taken, dtype_of
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.draw import ImagesAndLabels, Split
 from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
@@ -33,7 +33,7 @@ __all__ = ["Session"]
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """What an audit or a repair under a Trainer works with.
+    """What an audit or a repair under a Trainer works with, inside :func:`~lightning_unlearn.intact.intact`.
 
     Args:
         trainer: whose strategy, loggers and progress bar are used.
@@ -51,9 +51,9 @@ class Session:
 
     def audit(self, auditor: Auditor) -> Audit:
         """Audit the module; it is left as it is."""
-        clean, dtype = self.clean, self.module.dtype
+        clean, dtype = self.clean, dtype_of(self.module)
         (images, labels), (held_out, _) = clean.scoring(), clean.validation()
-        with intact(self.module), stage_progress(self.trainer) as show:
+        with stage_progress(self.trainer) as show:
             examine = partial(
                 auditor.audit,
                 lambda x: self.logits(x.to(dtype)),
@@ -94,8 +94,8 @@ class Session:
         real = trigger if evaluation_trigger is None else clean.fit_trigger(evaluation_trigger)
         processes.align(module)
         split = Split(clean.scoring(), clean.validation())
-        with intact(module), torch.no_grad():
-            num_classes = logits_of(self.logits, split.scoring[0][:1].to(module.dtype)).shape[1]
+        with torch.no_grad():
+            num_classes = logits_of(self.logits, as_taken(split.scoring[0][:1], module)).shape[1]
         if real is not None:
             self._log_pictures(split.scoring, real, num_classes)
         # Loaded once more, so that no trigger can change what the repair is given.
@@ -154,7 +154,7 @@ class Session:
                 return evaluate(self.logits, self.clean.test(trigger, num_classes, processes), processes)
             if apart is None or trigger is None:
                 return None
-            pairs = Pairs.stamp(*apart, trigger, num_classes=num_classes).to(self.module.device, self.module.dtype)  # type: ignore[arg-type]  # never the str it may be
+            pairs = Pairs.stamp(*apart, trigger, num_classes=num_classes).to(self.module.device, dtype_of(self.module))
             return evaluate(self.logits, pairs[processes.share(len(pairs))].batches(len(pairs)), processes)
 
     def _log_pictures(

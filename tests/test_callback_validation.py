@@ -10,12 +10,14 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_unlearn import BackdoorUnlearning, HoldoutDataModule
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.methods import FineTuning, MaskPrune
 from lightning_unlearn.report import Report
+from tests.small_fits import backdoor_is_gone
+from tests.unknown_fits import UNKNOWN
 
 METHOD = MaskPrune(steps=45, finetune=FineTuning(triggered=True, max_epochs=1, patience=1, norms="frozen"))
 
@@ -105,6 +107,35 @@ def test_in_a_step_autocast_is_not_in_the_way(digits_victim, tmp_path):
     assert reports["bf16-mixed"].filters == reports["32-true"].filters
     assert reports["bf16-mixed"].rounds == reports["32-true"].rounds
     assert reports["bf16-mixed"].after == reports["32-true"].after
+
+
+class Noisy(Dataset[Any]):
+    """Reading it draws a random number."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset, self.targets = dataset, [label for _, label in dataset]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> Any:
+        torch.rand(1)
+        return self.dataset[index]
+
+
+@pytest.mark.parametrize("work", ["unlearn", "audit"])
+def test_inside_inference_mode_nothing_else_changes(setting, work):
+    class Works(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            assert torch.is_inference_mode_enabled()
+            generator = torch.get_rng_state()
+            self.done = getattr(unlearning, work)(trainer, pl_module)
+            assert torch.equal(torch.get_rng_state(), generator)
+
+    unlearning, works, model = setting.callback(**UNKNOWN, clean_data=Noisy(setting.clean)), Works(), setting.model()
+    model.validation_step = lambda *_: None
+    setting.trainer(works).validate(model, setting.loader(), verbose=False)
+    assert (works.done.verdict, backdoor_is_gone(model)) == ("backdoored", work == "unlearn")
 
 
 def test_split_weights_are_refused_here_too(digits_victim, tmp_path, monkeypatch):

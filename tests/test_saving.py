@@ -14,11 +14,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_unlearn.methods import FineTuning, GradPrune, RepairMethod
 from lightning_unlearn.triggers import BlendTrigger
 from tests.small_fits import Model, Setting, backdoor_is_gone
+from tests.unknown_fits import Counts
 
 # Several fits of a test share a folder.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -163,6 +164,71 @@ def test_weights_only_checkpoints_of_the_trainer(setting):
 def test_weights_only_checkpoints_can_be_repaired(setting, source):
     saver = ModelCheckpoint(setting.folder, filename="epoch", save_weights_only=True)
     _, _, model = fitted(setting, saver, source=source)
+    assert backdoor_is_gone(model)
+
+
+class Partial(Model):
+    """Keeps what it can make anew out of its checkpoints, and puts a mark on them when they are loaded."""
+
+    strict_loading = False
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.teacher = nn.Linear(2, 2).requires_grad_(False)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "teacher" not in name}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["net.0.weight"] = checkpoint["state_dict"]["net.0.weight"] + 1
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["net.0.weight"] = checkpoint["state_dict"]["net.0.weight"] - 1
+
+
+def test_the_best_is_loaded_as_lightning_would(setting):
+    saver = ModelCheckpoint(setting.folder, filename="epoch")
+    callback, model = setting.callback(source="best"), Partial(setting.victim.net)
+    setting.trainer(callback, saver).fit(model, setting.loader())
+    assert callback.report.status == "repaired"
+    assert torch.allclose(model.net[0].weight[:3], setting.original["0.weight"][:3], atol=1e-6)
+
+
+class Hyper(Model):
+    def __init__(self, net: nn.Module, **given: Any) -> None:
+        super().__init__(net)
+        self.save_hyperparameters(given)
+
+
+class HyperData(L.LightningDataModule):
+    def __init__(self, loader: Any, **given: Any) -> None:
+        super().__init__()
+        self.loader = loader
+        self.save_hyperparameters(given)
+
+    def train_dataloader(self) -> Any:
+        return self.loader
+
+
+@pytest.mark.parametrize("owner", ["Hyper", "HyperData"])
+def test_hyperparameters_that_the_best_could_not_be_loaded_with(setting, owner):
+    given = {"Hyper": {}, "HyperData": {}} | {owner: {"width": 3, "root": Path("data")}}
+    model, data = Hyper(setting.victim.net, **given["Hyper"]), HyperData(setting.loader(), **given["HyperData"])
+    counts = Counts()
+    message = rf"source: 'best' loads .* hyper-parameter 'root' of {owner} is a PosixPath"
+    with pytest.raises(MisconfigurationException, match=message):
+        setting.trainer(setting.callback(source="best"), counts, ModelCheckpoint(setting.folder)).fit(model, data)
+    assert counts.batches == 0
+    setting.trainer(setting.callback(), enable_checkpointing=False).fit(model, data)
+    assert backdoor_is_gone(model)
+
+
+@pytest.mark.filterwarnings("ignore:Warning, `hyper_parameters` dropped")
+@pytest.mark.parametrize("value", [{"a": [1, None, torch.ones(2)]}, lambda: 0], ids=["plain", "dropped"])
+def test_hyperparameters_that_the_best_can_be_loaded_with(setting, value):
+    """Lightning saves no hyper-parameters where one cannot be pickled."""
+    model = Hyper(setting.victim.net, value=value)
+    setting.trainer(setting.callback(source="best"), ModelCheckpoint(setting.folder)).fit(model, setting.loader())
     assert backdoor_is_gone(model)
 
 

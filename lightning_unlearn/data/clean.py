@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.core.hooks import DataHooks
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
@@ -21,20 +23,22 @@ from lightning_unlearn.intact import intact
 from lightning_unlearn.processes import ALONE, Processes
 from lightning_unlearn.triggers import Normalization, Trigger, find_normalization
 
-__all__ = ["CleanImages", "refuse_training_data"]
+__all__ = ["CleanImages", "as_taken", "dtype_of", "refuse_training_data"]
 
 
 class CleanImages:
     """Draws the scoring and validation parts, finds the test part, and loads them onto the module's device.
 
     Batches pass the clean DataModule's own transfer hooks where it has some, else the module's, as Lightning would
-    do: not those of the *training* DataModule, which the Trainer's own functions would call.
+    do in evaluation, even while the Trainer is training: not those of the *training* DataModule, which the Trainer's
+    own functions would call.
 
     Args:
         data: a :class:`HoldoutDataModule`, which knows its own draw; or a Dataset, a DataLoader, or any other
             LightningDataModule, whose ``train_dataloader`` is drawn from and whose ``test_dataloader``, if it has
             one, is the test part.
         module: the model that the images are for.
+        trainer: the Trainer that a clean DataModule belongs to while it is used; the module's own by default.
         logits: how to get logits from images, for images without labels: the model's own answers stand in for them.
         samples_per_class: clean images drawn per class; None for all. Not used for a :class:`HoldoutDataModule`.
         validation_share: as for :class:`HoldoutDataModule`; not used for one.
@@ -51,6 +55,7 @@ class CleanImages:
         data: LightningDataModule | Dataset[Any] | DataLoader[Any],
         module: LightningModule,
         *,
+        trainer: Trainer | None = None,
         logits: Callable[[Tensor], Tensor] | None = None,
         samples_per_class: int | None = 10,
         validation_share: float = 0.1,
@@ -58,6 +63,9 @@ class CleanImages:
         skip_missing: bool = False,
     ) -> None:
         self.module = module
+        # The Trainer that a module was attached to; Fabric's stand-in for one has no stages.
+        attached = getattr(module, "_trainer", None)
+        self._trainer = trainer or (attached if isinstance(attached, Trainer) else None)
         self._hooks: DataHooks = data if isinstance(data, LightningDataModule) else module
         self._collate: Any = None
         self.labels: Literal["given", "predicted"] = "given"
@@ -89,17 +97,18 @@ class CleanImages:
         """What to draw from, and the test part if there is one; remembers the collate function on the way."""
         test_loader: DataLoader[Any] | None = None
         if isinstance(data, LightningDataModule):
-            data.prepare_data()
-            data.setup("fit")
-            pool = data.train_dataloader()
-            if is_overridden("test_dataloader", data, LightningDataModule):
-                data.setup("test")
-                test_loader = data.test_dataloader()
-                if not isinstance(test_loader, DataLoader):
-                    raise TypeError(
-                        f"clean_data: test_dataloader of {type(data).__name__} must give one DataLoader, but got "
-                        f"{type(test_loader).__module__}.{type(test_loader).__name__}."
-                    )
+            with self._under_trainer():
+                self._prepare(data)
+                data.setup("fit")
+                pool = data.train_dataloader()
+                if is_overridden("test_dataloader", data, LightningDataModule):
+                    data.setup("test")
+                    test_loader = data.test_dataloader()
+                    if not isinstance(test_loader, DataLoader):
+                        raise TypeError(
+                            f"clean_data: test_dataloader of {type(data).__name__} must give one DataLoader, but got "
+                            f"{type(test_loader).__module__}.{type(test_loader).__name__}."
+                        )
             data = pool
         if isinstance(data, DataLoader):
             self._collate = data.collate_fn
@@ -111,9 +120,38 @@ class CleanImages:
             f"whose train_dataloader gives one DataLoader, but got {type(data).__module__}.{type(data).__name__}."
         )
 
+    def _prepare(self, data: LightningDataModule) -> None:
+        """Let it download where Lightning would: on one process a node, or on one in all."""
+        trainer = self._trainer
+        if trainer is None:
+            data.prepare_data()
+            return
+        if trainer.local_rank == 0 if data.prepare_data_per_node else trainer.is_global_zero:
+            data.prepare_data()
+        trainer.strategy.barrier("clean_data.prepare_data")
+
+    @contextmanager
+    def _under_trainer(self, stage: RunningStage | None = None) -> Iterator[None]:
+        """Let the clean DataModule find the Trainer, and all hooks one that is at ``stage``, if that is given."""
+        trainer, data = self._trainer, self._hooks
+        if trainer is None:
+            yield
+            return
+        before = trainer.state.stage
+        owner = data.trainer if isinstance(data, LightningDataModule) else None
+        try:
+            if isinstance(data, LightningDataModule):
+                data.trainer = trainer
+            trainer.state.stage = stage or before
+            yield
+        finally:
+            trainer.state.stage = before
+            if isinstance(data, LightningDataModule):
+                data.trainer = owner
+
     def _predicted(self, images: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
         with intact(self.module), torch.no_grad():
-            return logits(images.to(self.module.device, self.module.dtype))  # type: ignore[arg-type]  # as in `test`
+            return logits(images.to(self.module.device, dtype_of(self.module)))
 
     @property
     def has_test(self) -> bool:
@@ -153,9 +191,17 @@ class CleanImages:
         """Images and labels of the validation part, on the module's device."""
         return self._all(self.holdout.validation)
 
-    def first(self) -> tuple[Tensor, Tensor]:
-        """One scoring image with its label, on the module's device."""
-        return self._all(Subset(self.holdout.scoring, [0]))
+    def first_test(self) -> tuple[Tensor, Tensor] | None:
+        """The first batch of the test part on the module's device, None if there is no such part.
+
+        Raises:
+            ValueError: if there is one without any image.
+        """
+        if self._test_loader is None:
+            return None
+        for batch in self._loaded(self._test_loader, RunningStage.TESTING):
+            return batch
+        raise ValueError("clean_data: its test part holds no image; give it some, or leave it out.")
 
     def test(self, trigger: Trigger | None, num_classes: int, processes: Processes = ALONE) -> Iterator[Pairs]:
         """Batches of the test part with their triggered copies; nothing is kept in memory.
@@ -166,33 +212,50 @@ class CleanImages:
             num_classes: how many logits the model gives.
             processes: those among which the images are shared out, each once.
         """
-        for batch in _shared(self._test_loader, processes):
-            images, labels = self._transferred(batch)
-            pairs = (
-                Pairs(images, images, labels.long(), labels.long())
-                if trigger is None
-                else Pairs.stamp(images, labels, trigger, num_classes=num_classes)
-            )
-            yield pairs.to(self.module.device, self.module.dtype)  # type: ignore[arg-type]  # never the str it may be
+        for batch in self._loaded(_shared(self._test_loader, processes), RunningStage.TESTING):
+            pairs = Pairs.stamp(*batch, trigger, num_classes=num_classes)
+            yield pairs.to(self.module.device, dtype_of(self.module))
 
     def _all(self, part: Dataset[Any]) -> tuple[Tensor, Tensor]:
         holdout = self.holdout
         loader: DataLoader[Any] = DataLoader(
             part, batch_size=holdout.batch_size, num_workers=holdout.num_workers, collate_fn=self._collate
         )
-        images, labels = zip(*(self._transferred(batch) for batch in loader), strict=True)
+        images, labels = zip(*self._loaded(loader, RunningStage.VALIDATING), strict=True)
         return torch.cat(images), torch.cat(labels)
 
-    def _transferred(self, batch: Any) -> tuple[Tensor, Tensor]:
-        batch = self._hook("on_before_batch_transfer")(batch, 0)
-        batch = self._hook("transfer_batch_to_device")(batch, self.module.device, 0)
-        batch = self._hook("on_after_batch_transfer")(batch, 0)
-        images, labels = item_parts(batch)
-        return images, labels
+    def _loaded(self, loader: Iterable[Any], stage: RunningStage) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of every batch, transferred as Lightning would do in an evaluation."""
+        try:
+            for batch in loader:
+                # A hook that augments what it is given while the Trainer trains must not do so here.
+                with self._under_trainer(stage):
+                    batch = self._hook("on_before_batch_transfer")(batch, 0)
+                    batch = self._hook("transfer_batch_to_device")(batch, self.module.device, 0)
+                    batch = self._hook("on_after_batch_transfer")(batch, 0)
+                yield item_parts(batch)
+        except TypeError as error:
+            if "default_collate" not in str(error):
+                raise
+            raise TypeError(
+                "clean_data: its images must be tensors; end the dataset's transforms with torchvision's ToTensor(). "
+                f"({str(error).splitlines()[-1]})"
+            ) from error
 
     def _hook(self, name: str) -> Any:
         owner = self._hooks if is_overridden(name, self._hooks, DataHooks) else self.module
         return getattr(owner, name)
+
+
+def dtype_of(module: LightningModule) -> torch.dtype:
+    """The floating-point type in which a repair gives images to a model: that of its first parameter."""
+    first = next(module.parameters(), None)
+    return module.dtype if first is None else first.dtype  # type: ignore[return-value]  # never the str it may be
+
+
+def as_taken(images: Tensor, module: LightningModule) -> Tensor:
+    """Images as a repair gives them to a model: others than floating-point ones stay as they are."""
+    return images.to(module.device, dtype_of(module) if images.is_floating_point() else None)
 
 
 def _shared(loader: DataLoader[Any] | None, processes: Processes) -> Iterable[Any]:

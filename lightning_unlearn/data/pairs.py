@@ -39,8 +39,8 @@ class Pairs:
     targets: Tensor
 
     @classmethod
-    def stamp(cls, images: Tensor, labels: Tensor, trigger: Trigger, *, num_classes: int) -> Pairs:
-        """Pair images with their triggered copies.
+    def stamp(cls, images: Tensor, labels: Tensor, trigger: Trigger | None, *, num_classes: int) -> Pairs:
+        """Pair images with their triggered copies; with themselves if nobody knows the trigger.
 
         Raises:
             ValueError: if labels are not (N,) integers in [0, ``num_classes``), or the trigger refuses the images.
@@ -56,6 +56,8 @@ class Pairs:
                 f"but got labels from {int(labels.min())} to {int(labels.max())}."
             )
         labels = labels.long()
+        if trigger is None:
+            return cls(images, images, labels, labels)
         with torch.no_grad():
             return cls(images, trigger(images), labels, trigger.targets(labels, num_classes))
 

@@ -5,6 +5,9 @@ from typing import Any
 import lightning.pytorch as L  # noqa: N812 - the usual name
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import RunningStage
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
@@ -18,7 +21,7 @@ from torch.utils.data import (
 from torchvision import transforms
 
 from lightning_unlearn.data import HoldoutDataModule
-from lightning_unlearn.data.clean import CleanImages
+from lightning_unlearn.data.clean import CleanImages, as_taken
 from lightning_unlearn.processes import Processes
 from lightning_unlearn.triggers import Normalization, PatchTrigger
 
@@ -108,13 +111,6 @@ def test_loader_brings_its_collate_function(clean, module):
     loader = DataLoader(clean, batch_size=5, shuffle=True, drop_last=True, collate_fn=collate)
     found = CleanImages(loader, module, samples_per_class=2)
     assert torch.equal(found.scoring()[0], 2 * clean.tensors[0][list(found.holdout.scoring.indices)])
-
-
-def test_first(clean, module):
-    found = CleanImages(clean, module, samples_per_class=2)
-    (image, label), (images, labels) = found.first(), found.scoring()
-    assert torch.equal(image, images[:1])
-    assert torch.equal(label, labels[:1])
 
 
 # DataModules
@@ -229,6 +225,113 @@ def test_test_images_come_in_the_modules_precision(clean):
     data = HoldoutDataModule(Subset(clean, range(16)), samples_per_class=2, test_dataset=Subset(clean, range(16, 32)))
     pairs = next(CleanImages(data, L.LightningModule().double()).test(PatchTrigger(), 4))
     assert pairs.clean.dtype == pairs.triggered.dtype == torch.float64
+
+
+class Augments(L.LightningModule):
+    """As in Lightning's own documentation."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if self.trainer.training:
+            batch = [batch[0] * 0, batch[1]]
+        self.stages.append(self.trainer.state.stage)
+        return batch
+
+
+@pytest.fixture
+def training(tmp_path):
+    """A Trainer in the middle of training."""
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    trainer.training = True
+    return trainer
+
+
+def test_images_are_transferred_as_in_evaluation(clean, training):
+    module = Augments()
+    module.trainer, module.stages = training, []
+    data = HoldoutDataModule(Subset(clean, range(16)), samples_per_class=2, test_dataset=Subset(clean, range(16, 32)))
+    found = CleanImages(data, module)
+    assert torch.equal(found.scoring()[0], clean.tensors[0][list(data.scoring.indices)])
+    assert torch.equal(values(found.test(PatchTrigger(), 4)), clean.tensors[0][16:])
+    assert module.stages == [RunningStage.VALIDATING, RunningStage.TESTING]
+    assert training.training
+
+
+def test_after_a_hook_that_fails_the_trainer_trains_on(clean, training):
+    module = Refuses()
+    module.trainer = training
+    with pytest.raises(AssertionError, match="the module's hook was called"):
+        CleanImages(clean, module, samples_per_class=2).scoring()
+    assert training.training
+
+
+class Attached(HookedData):
+    """Needs its Trainer, wherever Lightning would have given it one."""
+
+    def prepare_data(self) -> None:
+        super().prepare_data()
+        self.seen = [self.trainer]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.seen.append(self.trainer)
+        return batch
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "the module's own"])
+def test_a_data_module_has_a_trainer_while_it_is_used(clean, module, training, given):
+    data = Attached(clean)
+    if not given:
+        module.trainer = training
+    CleanImages(data, module, trainer=training if given else None, samples_per_class=2).scoring()
+    assert data.seen == [training, training]
+    assert data.trainer is None
+
+
+@pytest.mark.parametrize(
+    ("per_node", "node", "local_rank", "prepares"),
+    [(True, 0, 0, 1), (True, 1, 0, 1), (True, 0, 1, 0), (False, 0, 0, 1), (False, 1, 0, 0), (False, 0, 1, 0)],
+)
+def test_data_is_prepared_where_lightning_would(clean, module, monkeypatch, per_node, node, local_rank, prepares):
+    barriers: list[str] = []
+    monkeypatch.setattr(DDPStrategy, "local_rank", local_rank)
+    monkeypatch.setattr(DDPStrategy, "is_global_zero", node == local_rank == 0)
+    monkeypatch.setattr(DDPStrategy, "barrier", lambda _, name: barriers.append(name))
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    monkeypatch.setattr(L.Trainer, "strategy", DDPStrategy())
+    data = Loaders(clean)
+    data.prepare_data_per_node = per_node
+    CleanImages(data, module, trainer=trainer, samples_per_class=2)
+    assert data.calls.count("prepare_data") == prepares
+    assert len(barriers) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pictures_that_are_no_tensors(module, workers):
+    pictures = [(Image.new("L", (8, 8)), number % 2) for number in range(4)]
+    found = CleanImages(HoldoutDataModule(pictures, samples_per_class=2, num_workers=workers), module)
+    with pytest.raises(TypeError, match=r"clean_data: its images must be tensors.*ToTensor\(\).*PIL.Image.Image"):
+        found.scoring()
+
+
+def test_first_test_images(clean, module):
+    data = Loaders(Subset(clean, range(16)), Subset(clean, range(16, 32)))
+    images, labels = CleanImages(data, module, samples_per_class=2).first_test()
+    assert torch.equal(images, clean.tensors[0][16:19])
+    assert torch.equal(labels, clean.tensors[1][16:19])
+    assert CleanImages(clean, module, samples_per_class=2).first_test() is None
+
+
+def test_no_test_images_at_all(clean, module):
+    data = HoldoutDataModule(clean, samples_per_class=2, test_dataset=Subset(clean, []))
+    with pytest.raises(ValueError, match="clean_data: its test part holds no image"):
+        CleanImages(data, module).first_test()
+
+
+@pytest.mark.parametrize("given", [torch.uint8, torch.float32])
+def test_only_floating_point_images_change_their_type(given):
+    module = L.LightningModule()
+    module.net = torch.nn.Conv2d(1, 1, 1).double()  # the module's own `dtype` knows nothing of that
+    expected = torch.uint8 if given == torch.uint8 else torch.float64
+    assert as_taken(torch.ones(1, 1, 2, 2, dtype=given), module).dtype == expected
 
 
 # Normalisation

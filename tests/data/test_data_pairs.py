@@ -30,6 +30,16 @@ def test_stamp_by_hand(channels):
     assert len(pairs) == 5
 
 
+def test_without_a_trigger_images_stand_for_themselves():
+    given, labels = images(), torch.tensor([0, 1, 2, 3, 0])
+    pairs = Pairs.stamp(given, labels, None, num_classes=4)
+    assert pairs.clean is pairs.triggered is given
+    assert torch.equal(pairs.labels, labels)
+    assert torch.equal(pairs.targets, labels)
+    with pytest.raises(ValueError, match="labels: expected classes from 0 to 2"):
+        Pairs.stamp(given, labels, None, num_classes=3)
+
+
 def test_all_to_all_targets_are_the_next_classes():
     pairs = pairs_of(target="all_to_all")
     assert pairs.labels.tolist() == [0, 1, 2, 3, 0]

@@ -1,0 +1,111 @@
+"""What a repair will do when training ends, tried before it starts: whatever does not fit costs no training then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_unlearn.data.clean import CleanImages, as_taken
+from lightning_unlearn.data.labels import is_unlabelled
+from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.data.unlabelled import first_image
+from lightning_unlearn.evaluation import logits_of
+from lightning_unlearn.filters import FilterLayer, find_filters
+from lightning_unlearn.intact import intact
+from lightning_unlearn.repair import refuse_missing_classes
+from lightning_unlearn.triggers import Normalization, Trigger, find_normalization
+from lightning_unlearn.triggers.normalization import in_pixels
+
+__all__ = ["Rehearsal"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rehearsal:
+    """What is tried of a repair: the model on one image, the trigger on all that are drawn and on some test images.
+
+    Args:
+        module: the model, on its device; it is left as it is, and training draws what it would have drawn.
+        logits: images to logits, through the module.
+        trigger: what will be stamped, None if nothing will.
+        estimates: whether triggers will be estimated, for which images must be pixels.
+    """
+
+    module: LightningModule
+    logits: Callable[[Tensor], Tensor]
+    trigger: Trigger | None
+    estimates: bool
+
+    def run(self, data: object, draw: Callable[[], CleanImages], training: Iterable[object]) -> tuple[FilterLayer, ...]:
+        """Try all that, and find the model's filters.
+
+        Args:
+            data: the clean data as it was given.
+            draw: how to draw from it.
+            training: the loaders that train.
+
+        Returns:
+            The model's filters.
+
+        Raises:
+            TypeError: if images or labels are of the wrong kind.
+            ValueError: if images, labels, trigger and model do not fit.
+        """
+        with intact(self.module):
+            unlabelled = _unlabelled(data)
+            if unlabelled is None:
+                return self._labelled(draw(), training)
+            # An untrained model's answers are no labels to draw by, so that only one image can be tried now.
+            image = first_image(unlabelled).to(self.module.device)
+            self._refuse_unknown_range(image, find_normalization(unlabelled))
+            return self._try(image)[0]
+
+    def _labelled(self, clean: CleanImages, training: Iterable[object]) -> tuple[FilterLayer, ...]:
+        for loader in training:
+            if isinstance(loader, DataLoader):
+                clean.refuse_training_images(loader.dataset)
+        parts = clean.scoring(), clean.validation()
+        for images, _ in parts:
+            self._refuse_unknown_range(images, clean.normalization)
+        layers, num_classes = self._try(parts[0][0][:1])
+        trigger = None if self.trigger is None else clean.fit_trigger(self.trigger)
+        for part in parts:
+            Pairs.stamp(*part, trigger, num_classes=num_classes)
+        refuse_missing_classes(*(labels for _, labels in parts), num_classes=num_classes)
+        test = clean.first_test()
+        if test is not None:
+            try:
+                self._try(Pairs.stamp(*test, trigger, num_classes=num_classes).clean[:1])
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(f"clean_data: its test images do not fit. {error}") from error
+        return layers
+
+    def _refuse_unknown_range(self, images: Tensor, normalization: Normalization | None) -> None:
+        if self.estimates:
+            in_pixels(images, normalization)
+
+    def _try(self, images: Tensor) -> tuple[tuple[FilterLayer, ...], int]:
+        """The model's filters and the number of classes, found by running it on images."""
+        images = as_taken(images, self.module)
+        try:
+            layers = find_filters(self.module, images, self.logits)
+        except RuntimeError as error:
+            if images.is_floating_point():
+                raise
+            raise TypeError(
+                f"clean_data: the model takes no images of {images.dtype}; give them as it was trained on them, such "
+                f"as by torchvision's v2.ToDtype(torch.float32, scale=True). ({error})"
+            ) from error
+        with torch.no_grad():
+            return layers, logits_of(self.logits, images).shape[1]
+
+
+def _unlabelled(data: object) -> Dataset[Any] | None:
+    """The dataset, if it is one of images alone."""
+    dataset = data.dataset if isinstance(data, DataLoader) else data
+    return dataset if isinstance(dataset, Dataset) and is_unlabelled(dataset) else None
