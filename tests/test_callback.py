@@ -9,11 +9,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from lightning_unlearn import BackdoorUnlearning
-from lightning_unlearn.data.clean import CleanImages
 from lightning_unlearn.methods import FineTuning, GradPrune, RepairMethod
 from tests.callback_fits import AFTER, BACKDOOR, BEFORE, Model, Steps, files, quick
 
@@ -243,9 +242,8 @@ def test_fine_tuning_goes_by_the_true_labels(fit, parts):
     assert model.net[0].weight[3].eq(0).all()
 
 
-def test_state_is_plain(fit, parts):
+def test_state_is_plain(fit):
     callback, _, _ = fit()
     state = callback.state_dict()
     assert state["report"] == callback.report.to_dict()
     assert state["mask"]["net.0"].tolist() == [False, False, False, True]
-    assert isinstance(CleanImages(parts[1], Model(nn.Identity()), samples_per_class=4).first()[0], Tensor)

