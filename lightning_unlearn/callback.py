@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,13 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_unlearn.auditor import Auditor
-from lightning_unlearn.companions import callbacks_of, refuse_companions, refuse_strategy
+from lightning_unlearn.companions import (
+    callbacks_of,
+    fingerprint,
+    refuse_companions,
+    refuse_strategy,
+    warn_of_overwritten,
+)
 from lightning_unlearn.data.clean import CleanImages, refuse_training_data
 from lightning_unlearn.filters import FilterMask
 from lightning_unlearn.intact import intact
@@ -153,8 +160,11 @@ class BackdoorUnlearning(Callback):
         self.force = force
         self.min_asr = min_asr
         self.plan()  # refuses now what it would refuse after training
+        self._trigger_name = _name(trigger or evaluation_trigger)
         self.report: Report | None = None
         self._repaired = False
+        self._left: list[int] | None = None  # by which the weights that the repair has left are known
+        self._trained = self._resumed = False  # in this fit, or the latest
         self.found: Audit | None = None  # whose estimates the latest repair was about, if nobody knew the trigger
         self._mask: dict[str, Tensor] | None = None  # what is pruned by now, in an earlier run or in this one
         self._held: FilterMask | None = None  # what stays at zero: in training after resuming, and after a repair
@@ -170,11 +180,8 @@ class BackdoorUnlearning(Callback):
     @property
     @override
     def state_key(self) -> str:
-        """Tells two callbacks with different triggers apart in a checkpoint."""
-        # A function's address would make another key in the next process.
-        return self._generate_state_key(
-            trigger=re.sub(" at 0x[0-9a-f]+", "", repr(self.trigger or self.evaluation_trigger))
-        )
+        """Tells two callbacks with different triggers apart in a checkpoint; two lambdas need names, by ``def``."""
+        return self._generate_state_key(trigger=self._trigger_name)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -201,13 +208,14 @@ class BackdoorUnlearning(Callback):
         refuse_training_data(self.clean_data, trainer.datamodule)  # type: ignore[attr-defined]  # set by the Trainer's connector
         if self._pointers is not None:
             self._pointers.restore()
-        self.report = self._held = self._mask = self._pointers = self._left_with = None
-        self._original = self.found = None
-        self._repaired = False
+        self._pointers = self._left_with = None
+        self._trained = self._resumed = False
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tries what the repair will do, and after resuming takes up the mask again."""
+        self._forget()  # not in `setup`: a fit whose epochs are done leaves the model repaired
+        self._trained = True
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the Trainer's initialisation
             refuse_unwritable(trainer, output_folder(trainer, self.output_dir))
             if self.source == "best":
@@ -223,6 +231,13 @@ class BackdoorUnlearning(Callback):
         if self._mask is not None:
             self._held = FilterMask(layers)
             self._held.load_state_dict(self._mask)
+
+    def _forget(self) -> None:
+        """Forget what an earlier fit has repaired, but not what was loaded for this one."""
+        self.report = self.found = self._held = self._left = None
+        self._repaired = False
+        if not self._resumed:
+            self._mask = None
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -247,7 +262,7 @@ class BackdoorUnlearning(Callback):
                 report = self.unlearn(trainer, pl_module)
         finally:
             self._original = None  # from here on a checkpoint is to hold what the model holds
-        self.report, self._repaired = report, report.status == "repaired"
+        self.report, self._repaired, self._left = report, report.status == "repaired", fingerprint(pl_module)
         if saves:
             with termination(trainer, Processes.current(pl_module.device)):
                 self._save(trainer, report)
@@ -294,14 +309,21 @@ class BackdoorUnlearning(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warns if training ended in a way that skipped the repair."""
+        """Warns if training ended in a way that skipped the repair, or if its weights were written over."""
+        # The last callback's: a later one may have repaired more.
+        as_left = _unlearners(trainer)[-1]._left == fingerprint(pl_module)
+        if not (self._trained or as_left):
+            self._forget()
         if self.report is None:
             rank_zero_warn(
                 "BackdoorUnlearning never ran, because no training step did (max_epochs=0, limit_train_batches=0, "
                 "max_time over at once, or a finished run was resumed): the model is NOT repaired. Use "
                 "`lightning-unlearn repair --ckpt_path` on the finished checkpoint."
             )
-        elif self.report.checkpoint and self.repoint:
+            return
+        if self._repaired and not as_left:
+            warn_of_overwritten(self.report.checkpoint)
+        if self.report.checkpoint and self.repoint:
             # Only now, since ModelCheckpoint may still save its last in `on_train_end`.
             self._pointers = Pointers.to(trainer, self.report.checkpoint)
 
@@ -341,7 +363,7 @@ class BackdoorUnlearning(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up the mask of an earlier run, which is then held through further training."""
-        self._mask = state_dict.get("mask")
+        self._mask, self._resumed = state_dict.get("mask"), True
 
     def unlearn(self, trainer: Trainer, module: LightningModule) -> Report:
         """Repair a module on the Trainer's device, log it, and report; nothing is written but logs.
@@ -417,6 +439,14 @@ class BackdoorUnlearning(Callback):
             seed=self.seed,
             skip_missing=skip_missing,
         )
+
+
+def _name(trigger: Trigger | None) -> str:
+    """A name for a trigger that is the same in the next process, where a function has another address."""
+    name = re.sub(" at 0x[0-9a-f]+", "", repr(trigger))
+    # What `repr` does not show, such as a pattern; in steps of a pixel's, since machines may round differently.
+    hidden = [] if trigger is None else [tensor.mul(255).round().int().tolist() for tensor in trigger.buffers()]
+    return f"{name} {hashlib.sha256(repr(hidden).encode()).hexdigest()[:8]}" if hidden else name
 
 
 def _unlearners(trainer: Trainer) -> list[BackdoorUnlearning]:

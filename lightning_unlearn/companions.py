@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]  # re-exported implicitly
+from torch import nn
 
-__all__ = ["callbacks_of", "refuse_companions", "refuse_strategy"]
+__all__ = ["callbacks_of", "fingerprint", "refuse_companions", "refuse_strategy", "warn_of_overwritten"]
 
 _REFUSED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy)
 _REFUSED_PRECISIONS = (TransformerEnginePrecision, BitsandbytesPrecision)
@@ -70,3 +73,24 @@ def refuse_strategy(trainer: Trainer) -> None:
             "replaces layers by others; train so, then repair the checkpoint with `lightning-unlearn repair` at "
             "--trainer.precision 32-true."
         )
+
+
+@torch.no_grad()
+def fingerprint(module: nn.Module) -> list[int]:
+    """Sums of the parameters' bytes, by which to tell whether anybody has written to them; the same on every device."""
+    flat = (parameter.detach().reshape(-1) for parameter in module.parameters())
+    return [int(numbers.view(torch.uint8).sum(dtype=torch.int64)) for numbers in flat]
+
+
+def warn_of_overwritten(repaired: str | None) -> None:
+    """Warn that another callback, or the module itself, has written over the repaired weights when training ended.
+
+    Args:
+        repaired: the file that holds them, if one was written.
+    """
+    rank_zero_warn(
+        "The weights were written over AFTER the repair, by the module's own on_train_end or by a callback named after "
+        "BackdoorUnlearning (with averages that were never repaired, maybe): the model in memory is NOT what the "
+        f"report tells of. {f'{repaired!r} is: load it' if repaired else 'No file was written'}. Name that callback "
+        "before BackdoorUnlearning, or let the module set its weights before on_train_end."
+    )

@@ -211,6 +211,30 @@ def test_one_callback_in_two_fits(setting):
     assert callback.report.filters == first.filters
 
 
+@pytest.mark.filterwarnings("error:BackdoorUnlearning never ran")
+@pytest.mark.parametrize("repoint", [False, True])
+def test_a_second_fit_whose_epochs_are_done(setting, repoint):
+    """The model still is what the first has repaired."""
+    callback, model = setting.callback(repoint=repoint), setting.model()
+    trainer = setting.trainer(callback)
+    trainer.fit(model, setting.loader())
+    first, state = callback.report, callback.state_dict()
+    trainer.fit(model, setting.loader())
+    assert callback.report is first
+    assert state.keys() == callback.state_dict().keys() == {"report", "mask"}
+    assert (trainer.checkpoint_callback.best_model_path == first.checkpoint) == repoint
+
+
+def test_a_second_fit_of_another_model_whose_epochs_are_done(setting):
+    callback = setting.callback()
+    trainer = setting.trainer(callback)
+    trainer.fit(setting.model(), setting.loader())
+    with pytest.warns(UserWarning, match=NEVER_RAN):
+        trainer.fit(setting.model(), setting.loader())
+    assert callback.report is None
+    assert callback.state_dict() == {}
+
+
 def test_does_nothing_in_other_loops(setting):
     callback, model = setting.callback(), setting.model()
     model.test_step = lambda batch, batch_idx: None
@@ -357,3 +381,21 @@ def test_state_keys_differ_by_place(setting):
     callbacks = [setting.callback(trigger=trigger, force=True) for trigger in triggers]
     setting.trainer(*callbacks).fit(setting.model(), setting.loader())
     assert all(callback.report is not None for callback in callbacks)
+
+
+def test_state_keys_differ_by_pattern(setting):
+    """Which a trigger's ``repr`` does not show."""
+    patterns = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1e-8]])
+    keys = [setting.callback(trigger=PatchTrigger(pattern=pattern)).state_key for pattern in patterns]
+    assert keys[0] != keys[1]
+    assert keys[1] == keys[2], "another machine may round differently"
+
+
+def test_state_keys_of_named_functions_differ(setting):
+    def brighten(pixels):
+        return pixels
+
+    def darken(pixels):
+        return pixels
+
+    assert len({setting.callback(trigger=FunctionTrigger(function)).state_key for function in (brighten, darken)}) == 2

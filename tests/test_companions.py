@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -25,7 +27,8 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 from torch.utils.data import DataLoader, Subset
 
-from lightning_unlearn.companions import refuse_companions
+from lightning_unlearn.companions import fingerprint, refuse_companions
+from lightning_unlearn.triggers import BlendTrigger
 from tests.small_fits import Model, Setting, backdoor_is_gone
 
 
@@ -88,6 +91,71 @@ def test_averaged_weights_are_repaired(setting, norm):
     # With torch 2.4 SWA's own scheduler puts a function into every checkpoint.
     saved = torch.load(callback.report.checkpoint, weights_only=False)
     assert not saved["state_dict"]["net.0.weight"][3].any()
+
+
+class Averages(L.Callback):
+    """Somebody's own averaged weights, put into the model when training ends."""
+
+    def __init__(self, write: Callable[[Tensor, Tensor], object]) -> None:
+        self.write = write
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.average = [parameter.detach().clone() for parameter in pl_module.parameters()]
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        with torch.no_grad():
+            for parameter, average in zip(pl_module.parameters(), self.average, strict=True):
+                self.write(parameter, average)
+
+
+class AveragesItself(Model):
+    def on_train_start(self) -> None:
+        self.average = copy.deepcopy(self.net.state_dict())
+
+    def on_train_end(self) -> None:
+        self.net.load_state_dict(self.average)
+
+
+def _replace(parameter: Tensor, average: Tensor) -> None:
+    parameter.data = average
+
+
+@pytest.mark.parametrize(
+    "write", [lambda p, a: p.copy_(a), lambda p, a: p.data.copy_(a), _replace, None], ids=["copy", "data", "new", "own"]
+)
+@pytest.mark.parametrize("saves", [True, False])
+def test_weights_that_are_written_over_the_repaired_ones(setting, write, saves):
+    others = [] if write is None else [Averages(write)]
+    model = setting.model() if write else AveragesItself(setting.victim.net)
+    callback = setting.callback()
+    where = "-unlearned.ckpt' is: load it" if saves else "No file was written"
+    message = rf"written over AFTER the repair.*model in memory is NOT what the report tells of\. .*{where}"
+    with pytest.warns(UserWarning, match=message):
+        setting.trainer(callback, *others, fast_dev_run=not saves).fit(model, setting.loader())
+    assert not backdoor_is_gone(model)
+    assert callback.report.status == "repaired"
+
+
+@pytest.mark.filterwarnings("error:The weights were written over")
+def test_weights_that_are_written_before_the_repair(setting):
+    callback, model = setting.callback(), setting.model()
+    setting.trainer(Averages(lambda p, a: p.copy_(a)), callback).fit(model, setting.loader())
+    assert backdoor_is_gone(model)
+
+
+@pytest.mark.filterwarnings("error:The weights were written over")
+def test_a_later_repair_is_no_writing_over(setting):
+    second = setting.callback(trigger=BlendTrigger(ratio=0.5, target=1), force=True)
+    setting.trainer(setting.callback(), second).fit(setting.model(), setting.loader())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex128, torch.int8])
+def test_fingerprints(dtype):
+    net = nn.ParameterList([nn.Parameter(torch.ones(2, 3, dtype=dtype).t(), requires_grad=False), torch.zeros(())])
+    before = fingerprint(net)
+    assert before == fingerprint(copy.deepcopy(net))
+    net[0].data[2, 1] = 2
+    assert before != fingerprint(net)
 
 
 def test_no_companion_is_forgotten(setting):
