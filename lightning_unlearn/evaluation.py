@@ -42,10 +42,12 @@ class Evaluation:
 def logits_of(forward: Callable[[Tensor], object], images: Tensor) -> Tensor:
     """Call a classifier and check that what it returns are logits, (N, C), returned as float32.
 
+    It gets a copy of the images, since a model may normalise its input in place.
+
     Raises:
         ValueError: if the output is not a floating-point (N, C) tensor with two classes or more.
     """
-    logits = forward(images)
+    logits = forward(images.clone())
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(

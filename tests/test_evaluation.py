@@ -181,3 +181,11 @@ def test_logits_come_back_as_float32_with_their_gradient(dtype):
     assert logits.dtype == torch.float32
     logits.sum().backward()
     assert images.grad.tolist() == [[1.0] * 3] * 2
+
+
+def test_a_model_that_writes_into_its_input_gets_a_copy():
+    images = torch.ones(2, 3, requires_grad=True)
+    logits = logits_of(lambda images: images.mul_(3), images)
+    logits.sum().backward()
+    assert images.tolist() == [[1.0] * 3] * 2
+    assert images.grad.tolist() == [[3.0] * 3] * 2

@@ -159,8 +159,9 @@ def find_filters(
     for name, module in convolutions.items():
         by_weight.setdefault(id(module.weight), name)
     origins = _Origins(by_weight)
+    probe = images.clone()  # a model may normalise its input in place
     with torch.no_grad(), origins:
-        (forward or model)(images)
+        (forward or model)(probe)
     if not origins.ran:
         raise ValueError(
             f"model: {type(model).__name__} ran no convolution on images of shape {tuple(images.shape)}, so there are "

@@ -265,7 +265,7 @@ def _watch(task: RepairTask, hooks: Mapping[nn.Module, _Hook], *, triggered: boo
         for module, hook in hooks.items():
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         for pairs in task.scoring.batches(task.batch_size):
-            task.forward(pairs.triggered if triggered else pairs.clean)
+            logits_of(task.forward, pairs.triggered if triggered else pairs.clean)
 
 
 def _gap(clean: list[Tensor], triggered: list[Tensor]) -> Tensor:
@@ -283,7 +283,7 @@ def _classifier(task: RepairTask) -> nn.Linear:
     with torch.no_grad(), ExitStack() as stack:
         for module in linears:
             stack.callback(module.register_forward_hook(lambda module, *_: ran.append(module)).remove)
-        task.forward(task.scoring.clean[:1])
+        logits_of(task.forward, task.scoring.clean[:1])
     last = ran[-1] if ran else None
     if not isinstance(last, nn.Linear) or last.out_features != classes or "weight" not in last._parameters:
         raise ValueError(

@@ -141,7 +141,7 @@ def _find_places(task: RepairTask, most: int) -> tuple[_Place, ...]:
 
     handles = [layer.convolution.register_forward_hook(note) for layer in task.mask.layers]
     try:
-        task.forward(task.scoring.clean[:1])
+        logits_of(task.forward, task.scoring.clean[:1])
     finally:
         for handle in handles:
             handle.remove()
@@ -187,6 +187,6 @@ def _teach(task: RepairTask, places: Sequence[_Place]) -> list[Tensor]:
     batches = []
     for pairs in task.scoring.batches(task.batch_size):
         with _watched(places) as maps:
-            task.forward(pairs.clean)
+            logits_of(task.forward, pairs.clean)
         batches.append(maps())
     return [torch.cat(parts) for parts in zip(*batches, strict=True)]

@@ -85,7 +85,7 @@ class RepairTask:
 
     Args:
         model: the module whose parameters a method may change.
-        forward: images to (N, C) logits, through the model.
+        forward: images to (N, C) logits, through the model; call it by ``logits_of``, since it may write into images.
         mask: the model's filters; methods prune through it so that every change can be undone.
         scoring: pairs that a method may learn from, on the model's device.
         validation: pairs that decide when to stop and which round to keep, on the model's device.

@@ -213,6 +213,12 @@ def test_the_forward_pass_changes_nothing():
     assert all(parameter.grad is None and parameter.requires_grad for parameter in net.parameters())
 
 
+def test_the_images_are_left_alone():
+    images = torch.ones(1, 2, 6, 6)
+    find_filters(Net(lambda net, x: net.a(x.zero_()), a=conv()), images)
+    assert images.eq(1).all()
+
+
 class Stem(nn.Module):
     """As a pre-activation ResNet begins: the stem's output goes through a norm and past it."""
 

@@ -92,6 +92,17 @@ def test_through_repair(make_net, make_clean, name, net_name, channels):
     assert same(*results)
 
 
+@pytest.mark.parametrize("name", SHORT)
+def test_a_model_may_write_into_its_input(make_net, make_clean, name):
+    results = []
+    for halve in (lambda images: images * 0.5, lambda images: images.mul_(0.5)):
+        net = make_net("vgg")
+        net.register_forward_pre_hook(lambda _, given, halve=halve: halve(given[0]))
+        repair(net, make_clean(6), **options(name))
+        results.append(state(net))
+    assert same(*results)
+
+
 @pytest.mark.parametrize("name", UNTOLD)
 def test_the_trigger_is_not_looked_at(new_task, name):
     found = []
