@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from types import EllipsisType
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual name
-from torch.overrides import TorchFunctionMode
 
 from lightning_unlearn.filters.layer import ChannelTensor, FilterLayer
 
@@ -177,9 +176,10 @@ class FilterMask:
         displaced: list[tuple[ChannelTensor, Tensor]] = []
         try:
             for layer, factors in zip(self.layers, self.split(scales), strict=True):
-                displaced += [(channels, channels.substitute(scaled)) for channels, scaled in layer.scaled(factors)]
-            with _DifferentiableMeans() if any(layer.offsets for layer in self.layers) else nullcontext():
-                yield
+                for channels, scaled in layer.scaled(factors):
+                    is_mean = channels.attribute == "running_mean" and scaled.requires_grad
+                    displaced.append((channels, channels.substitute(scaled.as_subclass(_Mean) if is_mean else scaled)))
+            yield
         finally:
             for channels, tensor in displaced:
                 channels.substitute(tensor)
@@ -243,23 +243,24 @@ class FilterMask:
         self.prune([filter_id for filter_id in wanted if filter_id not in self._pruned])
 
 
-class _DifferentiableMeans(TorchFunctionMode):
-    """Lets gradients reach running means, in which torch's norms are not differentiable.
+class _Mean(Tensor):
+    """A running mean that gradients reach, though torch's norms are not differentiable in theirs.
 
     The norm of x with running mean μ is computed as that of x − μ with running mean 0.
     """
 
+    @classmethod
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func not in (F.batch_norm, F.instance_norm):
-            return func(*args, **(kwargs or {}))
-        bound = inspect.signature(func).bind(*args, **(kwargs or {}))
-        images, mean = bound.arguments["input"], bound.arguments["running_mean"]
-        if mean is not None and mean.requires_grad:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func not in (F.batch_norm, F.instance_norm):
+                return func(*args, **(kwargs or {}))
+            bound = inspect.signature(func).bind(*args, **(kwargs or {}))
+            images, mean = bound.arguments["input"], bound.arguments["running_mean"]
             bound.arguments["input"] = images - mean.view(-1, *(1,) * (images.ndim - 2))
             bound.arguments["running_mean"] = torch.zeros_like(mean)
-        return func(*bound.args, **bound.kwargs)
+            return func(*bound.args, **bound.kwargs)
 
 
 def _places(layer: FilterLayer, indices: Sequence[int]) -> Iterator[tuple[Callable[[], Tensor], _Where]]:

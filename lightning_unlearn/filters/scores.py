@@ -8,12 +8,14 @@ which the score needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.filters.layer import FilterLayer
 from lightning_unlearn.filters.mask import FilterMask
 from lightning_unlearn.processes import ALONE, Processes
@@ -42,11 +44,11 @@ def mean_abs_gradient(layers: Sequence[FilterLayer], losses: Iterable[Tensor], p
         >>> mean_abs_gradient([layer], ((factors * layer.weight).sum() for _ in range(1)))
         tensor([1.0000, 0.5000])
     """
-    gradients = _gradients([layer.weight for layer in layers], losses, processes)
+    summed = _summed([layer.weight for layer in layers], losses, processes)
     return torch.cat(
         [
             layer.per_filter(gradient.abs()) / (gradient.numel() // layer.channels)
-            for layer, gradient in zip(layers, gradients, strict=True)
+            for layer, gradient in zip(layers, summed, strict=True)
         ]
     )
 
@@ -75,19 +77,8 @@ def taylor(layers: Sequence[FilterLayer], losses: Iterable[Tensor], processes: P
     """
     mask = FilterMask(layers)
     scales = torch.ones(mask.total, device=layers[0].weight.device, requires_grad=True)
-    (gradient,) = _gradients([scales], _scaled(losses, mask, scales), processes)
+    (gradient,) = _summed([scales], losses, processes, lambda: mask.scaled(scales))
     return gradient
-
-
-def _scaled(losses: Iterable[Tensor], mask: FilterMask, scales: Tensor) -> Iterator[Tensor]:
-    """Compute each loss with the channels scaled anew: the backward pass of one batch frees what it came through."""
-    remaining = iter(losses)
-    while True:
-        with mask.scaled(scales):
-            loss = next(remaining, None)
-        if loss is None:
-            return
-        yield loss
 
 
 SCORES: dict[Score, Callable[[Sequence[FilterLayer], Iterable[Tensor], Processes], Tensor]] = {
@@ -121,24 +112,32 @@ def score_filters(
     return SCORES[score](layers, losses, processes)
 
 
-def _gradients(tensors: Sequence[Tensor], losses: Iterable[Tensor], processes: Processes) -> list[Tensor]:
+def _summed(
+    tensors: Sequence[Tensor],
+    losses: Iterable[Tensor],
+    processes: Processes,
+    scaled: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> list[Tensor]:
     """Gradients of the sum of ``losses`` of all processes, in float32."""
     sums: list[Tensor] = []
     batches, connected = 0, 0
-    for loss in losses:
+    remaining = iter(losses)
+    while True:
+        with scaled():  # anew for each loss: the backward pass of one batch frees what it came through
+            loss = next(remaining, None)
+            if loss is None:
+                break
+            found = gradients(loss, tensors)
         batches += 1
-        found: Sequence[Tensor | None] = (
-            torch.autograd.grad(loss, tensors, allow_unused=True) if loss.requires_grad else (None,) * len(tensors)
-        )
         connected += any(gradient is not None for gradient in found)
-        gradients = [
+        known = [
             torch.zeros_like(tensor, dtype=torch.float32) if gradient is None else gradient.float()
             for tensor, gradient in zip(tensors, found, strict=True)
         ]
         if sums:
-            torch._foreach_add_(sums, gradients)
+            torch._foreach_add_(sums, known)
         else:
-            sums = gradients
+            sums = known
     # A process without images, or one that found something wrong, still takes part: the others wait for it.
     sums = sums or [torch.zeros_like(tensor, dtype=torch.float32) for tensor in tensors]
     counts = torch.tensor([float(batches), float(connected)])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.evaluation import Evaluation, logits_of
+from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.filters.layer import FilterLayer
 from lightning_unlearn.methods.affine import find_gammas
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
@@ -187,7 +188,7 @@ class ActivationGuidedEditing(RepairMethod):
         def step(chosen: Tensor) -> None:
             pairs = task.scoring[chosen]
             loss = F.cross_entropy(logits_of(task.forward, pairs.clean), pairs.labels)
-            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            for parameter, gradient in zip(parameters, gradients(loss, parameters), strict=True):
                 parameter.grad = gradient
             optimizer.step()
 

@@ -123,15 +123,15 @@ class AdversarialNeuronPruning(RepairMethod):
     def _gradient(self, task: RepairTask, masks: Tensor, pairs: Pairs, generator: torch.Generator) -> Tensor:
         """∂/∂m of λ·L(m) + (1 − λ)·L(m, δ) for one batch, one graph at a time."""
 
-        def loss(noise: Tensor | None = None) -> Tensor:
+        def gradient(by: Tensor, noise: Tensor | None = None) -> Tensor:
             gammas, betas = (masks, None) if noise is None else (masks + noise[0], 1 + noise[1])
             with scaled_affine(task.mask, gammas, betas):
-                return F.cross_entropy(logits_of(task.forward, pairs.clean), pairs.labels)
+                return gradient_of(F.cross_entropy(logits_of(task.forward, pairs.clean), pairs.labels), by)
 
         noise = self._start(task, generator).requires_grad_()
-        rising = gradient_of(loss(noise), noise).sign()
+        rising = gradient(noise, noise).sign()
         noise = (noise.detach() + self.epsilon * rising).clamp(-self.epsilon, self.epsilon)
-        clean, disturbed = gradient_of(loss(), masks), gradient_of(loss(noise), masks)
+        clean, disturbed = gradient(masks), gradient(masks, noise)
         return self.clean_weight * clean + (1 - self.clean_weight) * disturbed
 
     def _start(self, task: RepairTask, generator: torch.Generator) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from lightning_unlearn.filters import FilterMask
+from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.filters.layer import ChannelTensor, FilterLayer
 from lightning_unlearn.methods.base import RepairTask
 
@@ -75,12 +75,12 @@ def scaled_affine(mask: FilterMask, gammas: Tensor, betas: Tensor | None = None)
 
 
 def gradient_of(loss: Tensor, factors: Tensor) -> Tensor:
-    """∂loss/∂factors, (total,), through a model whose norms :func:`scaled_affine` scaled.
+    """∂loss/∂factors, (total,), through a model whose norms :func:`scaled_affine` scales now.
 
     Raises:
         ValueError: if the loss does not depend on them.
     """
-    found = torch.autograd.grad(loss, factors, allow_unused=True)[0] if loss.requires_grad else None
+    (found,) = gradients(loss, [factors])
     if found is None:
         raise ValueError(
             "model: the loss does not depend on the norms behind its convolutions, so nothing can be learned about "

@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import logits_of
+from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.second_derivative import TwiceDifferentiable, refuse_once
 from lightning_unlearn.methods.snapshot import Snapshot
@@ -261,27 +262,23 @@ def _products(
 ) -> list[Tensor]:
     """vᵀ ∂output/∂input for each input."""
     with refuse_once():
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(
-            output, inputs, vector, retain_graph=keep, allow_unused=True
-        )
+        found = gradients(output, inputs, vector, keep=keep)
     return [torch.zeros_like(i) if gradient is None else gradient for i, gradient in zip(inputs, found, strict=True)]
 
 
-def slope_of(loss: Tensor, delta: Tensor, *, graph: bool = False) -> Tensor:
+def slope_of(loss: Tensor, delta: Tensor, vector: Tensor | None = None, *, graph: bool = False) -> Tensor:
     """∂L/∂δ of a loss, whose own graph is kept for more.
 
     Args:
-        loss: a scalar.
+        loss: a scalar, or with ``vector`` any tensor.
         delta: images, or what is added to them.
+        vector: of the loss's shape, to multiply the gradient by.
         graph: make the result differentiable in its turn.
 
     Raises:
         ValueError: if the loss does not depend on δ.
     """
-    found: tuple[Tensor | None, ...] = (None,)
-    if loss.requires_grad:
-        found = torch.autograd.grad(loss, delta, retain_graph=True, create_graph=graph, allow_unused=True)
-    slope: Tensor | None = found[0]
+    (slope,) = gradients(loss, [delta], vector, keep=True, graph=graph)
     if slope is None:
         raise ValueError(
             "model: its loss has no gradient by the images, so no perturbation can be found; check that its forward "

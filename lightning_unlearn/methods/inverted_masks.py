@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.evaluation import logits_of
+from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.implicit_unlearning import PixelRange
-from lightning_unlearn.methods.shared_adversarial import anything_but, sign_ascent
+from lightning_unlearn.methods.shared_adversarial import anything_but, sign_ascent, slope_of_both
 from lightning_unlearn.methods.training import batches
 
 __all__ = ["InvertedMaskSelection"]
@@ -134,7 +136,7 @@ class InvertedMaskSelection(RepairMethod):
                 images, answers = task.scoring.clean[chosen], task.answers[chosen]
                 joint = step > self.initial_steps
                 perturbed = self._perturb(task, masks.detach(), images, answers, pixels) if joint else None
-                masks.grad = _gradient(self._loss(task, masks, images, answers, perturbed), masks)
+                masks.grad = self._gradient(task, masks, images, answers, perturbed)
                 if step == 1 and not masks.grad.any():
                     raise ValueError(
                         f"model: with all channels at start={self.start} the network answers everything alike and the "
@@ -154,27 +156,41 @@ class InvertedMaskSelection(RepairMethod):
     def _perturb(self, task: RepairTask, masks: Tensor, images: Tensor, answers: Tensor, pixels: PixelRange) -> Tensor:
         """Each image with its δ, (B, C, H, W)."""
 
-        def gain(moved: Tensor) -> Tensor:
-            victim = logits_of(task.forward, moved)
-            with task.mask.scaled(1 - masks):
-                inverse = logits_of(task.forward, moved)
+        def gain(victim: Tensor, inverse: Tensor) -> Tensor:
             return -_divergence(inverse, victim) - anything_but(victim, answers.argmax(1)).mean()
 
+        def slope(moved: Tensor) -> Tensor:
+            return slope_of_both(gain, task.forward, moved, nullcontext, lambda: task.mask.scaled(1 - masks))
+
         return sign_ascent(
-            gain, images, pixels, epsilon=self.epsilon, steps=self.attack_steps, step_size=self.attack_step_size
+            slope, images, pixels, epsilon=self.epsilon, steps=self.attack_steps, step_size=self.attack_step_size
         )
 
-    def _loss(
+    def _gradient(
         self, task: RepairTask, masks: Tensor, images: Tensor, answers: Tensor, perturbed: Tensor | None
     ) -> Tensor:
-        """What a step lowers."""
+        """Of what a step lowers."""
         shown = [images] if perturbed is None else [images, perturbed]
         with task.mask.scaled(masks):
             masked = logits_of(task.forward, torch.cat(shown))
+            agreement = len(shown) * _disagreement(masked, answers.repeat(len(shown), 1))
+            found = gradients(agreement, [masks])
         with task.mask.scaled(1 - masks):
             inverse = logits_of(task.forward, images)
-        agreement = len(shown) * _disagreement(masked, answers.repeat(len(shown), 1))
-        return agreement + anything_but(inverse, answers.argmax(1)).mean()
+            found += gradients(anything_but(inverse, answers.argmax(1)).mean(), [masks])
+        known = [gradient for gradient in found if gradient is not None]
+        if not known:
+            raise ValueError(
+                "model: the loss does not depend on any channel, so no mask can be learned; check that logits are "
+                "computed from the convolutions, and are not detached."
+            )
+        gradient = torch.stack(known).sum(0)
+        if not gradient.isfinite().all():
+            raise ValueError(
+                "model: the gradients of the masks hold NaN or infinity, so none can be learned; check the weights and "
+                "the range of the images."
+            )
+        return gradient
 
     def _batches(self, task: RepairTask, steps: int) -> Iterator[Tensor]:
         """Indices of ``steps`` batches, each epoch in a new order."""
@@ -196,21 +212,3 @@ def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
     A probability that underflowed to 0 has none that is a number.
     """
     return F.kl_div(logits.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
-
-
-def _gradient(loss: Tensor, masks: Tensor) -> Tensor:
-    found: tuple[Tensor | None, ...] = (None,)
-    if loss.requires_grad:
-        found = torch.autograd.grad(loss, masks, allow_unused=True)
-    gradient: Tensor | None = found[0]
-    if gradient is None:
-        raise ValueError(
-            "model: the loss does not depend on any channel, so no mask can be learned; check that logits are computed "
-            "from the convolutions, and are not detached."
-        )
-    if not gradient.isfinite().all():
-        raise ValueError(
-            "model: the gradients of the masks hold NaN or infinity, so none can be learned; check the weights and "
-            "the range of the images."
-        )
-    return gradient

@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 from lightning_unlearn.data.augmentation import flip_and_shift
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
+from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, Teacher, check_range
 from lightning_unlearn.methods.fine_tuning import FineTuning
 from lightning_unlearn.methods.training import batches
@@ -211,9 +212,9 @@ class MaskPrune(RepairMethod):
             return torch.zeros_like(masks, requires_grad=False), torch.zeros((), device=masks.device)
         with task.mask.scaled(masks):
             loss, unlearned = self._disagreement(task, pairs, wanted, clean_weight, target_weight)
-        if not loss.requires_grad:
+            (gradient,) = gradients(loss, [masks])
+        if gradient is None:
             raise ValueError(_NO_GRADIENT)
-        (gradient,) = torch.autograd.grad(loss, masks)
         return gradient, unlearned
 
     def _disagreement(

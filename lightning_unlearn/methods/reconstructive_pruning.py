@@ -132,8 +132,7 @@ class ReconstructiveNeuronPruning(RepairMethod):
 
         def step(pairs: Pairs) -> None:
             with scaled_affine(task.mask, masks):
-                loss = _cross_entropy(task, pairs)
-            masks.grad = gradient_of(loss, masks)
+                masks.grad = gradient_of(_cross_entropy(task, pairs), masks)
             optimizer.step()
             with torch.no_grad():
                 masks.clamp_(0, 1)

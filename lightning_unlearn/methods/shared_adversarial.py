@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import log
 
 import torch
@@ -12,11 +12,12 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import logits_of
+from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.implicit_unlearning import PixelRange, slope_of
 from lightning_unlearn.methods.training import Norms, train_epochs
 
-__all__ = ["Original", "SharedAdversarialUnlearning", "anything_but", "sign_ascent"]
+__all__ = ["Original", "SharedAdversarialUnlearning", "anything_but", "sign_ascent", "slope_of_both"]
 
 
 class SharedAdversarialUnlearning(RepairMethod):
@@ -145,15 +146,15 @@ class SharedAdversarialUnlearning(RepairMethod):
     def _attack(self, task: RepairTask, original: Original, pairs: Pairs, pixels: PixelRange) -> Tensor:
         """Each image with its δ, (B, C, H, W)."""
 
-        def gain(images: Tensor) -> Tensor:
-            now = logits_of(task.forward, images)
-            with original.put_back():
-                then = logits_of(task.forward, images)
+        def gain(now: Tensor, then: Tensor) -> Tensor:
             fooled = F.cross_entropy(now, pairs.labels) + F.cross_entropy(then, pairs.labels)
             return self.fooling_weight / 2 * fooled - self.sharing_weight * _divergence(now, then)
 
+        def slope(images: Tensor) -> Tensor:
+            return slope_of_both(gain, task.forward, images, nullcontext, original.put_back)
+
         return sign_ascent(
-            gain, pairs.clean, pixels, epsilon=self.epsilon, steps=self.attack_steps, step_size=self.attack_step_size
+            slope, pairs.clean, pixels, epsilon=self.epsilon, steps=self.attack_steps, step_size=self.attack_step_size
         )
 
     def _loss(self, task: RepairTask, pairs: Pairs, perturbed: Tensor, answers: Tensor) -> Tensor:
@@ -211,7 +212,7 @@ class Original:
 
 
 def sign_ascent(
-    gain: Callable[[Tensor], Tensor],
+    slope: Callable[[Tensor], Tensor],
     images: Tensor,
     pixels: PixelRange,
     *,
@@ -222,7 +223,7 @@ def sign_ascent(
     """Change every image within ‖δ‖∞ ≤ ε and the range of pixels so that a gain rises (PGD).
 
     Args:
-        gain: images to a scalar.
+        slope: images to the gain's gradient by them.
         images: (B, C, H, W), where the ascent starts.
         pixels: the range that is not left, and the unit of ε.
         epsilon: ε.
@@ -231,18 +232,45 @@ def sign_ascent(
 
     Returns:
         The images x + δ, (B, C, H, W), without a graph.
-
-    Raises:
-        ValueError: if the gain does not depend on the images.
     """
     limit = epsilon * pixels.unit
     low, high = torch.maximum(images - limit, pixels.low), torch.minimum(images + limit, pixels.high)
     moved = images.detach().clone()
     for _ in range(steps):
-        moved.requires_grad_()
-        slope = slope_of(gain(moved), moved)
-        moved = torch.clamp(moved.detach() + step_size * pixels.unit * slope.sign(), low, high)
+        rising = slope(moved.requires_grad_()).sign()
+        moved = torch.clamp(moved.detach() + step_size * pixels.unit * rising, low, high)
     return moved
+
+
+def slope_of_both(
+    gain: Callable[[Tensor, Tensor], Tensor],
+    forward: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *states: Callable[[], AbstractContextManager[None]],
+) -> Tensor:
+    """∂/∂images of a gain that depends on what a model answers in two states.
+
+    The backward pass of each is made in its own state, too, since a model that checkpoints then computes it again.
+
+    Args:
+        gain: two times (B, C) logits to a scalar.
+        forward: images to logits.
+        images: (B, C, H, W), which require gradients.
+        states: for each, what to enter for the model to be in it.
+
+    Raises:
+        ValueError: if the answers do not depend on the images.
+    """
+    answers = []
+    for state in states:
+        with state():
+            answers.append(logits_of(forward, images))
+    leaves = [logits.detach().requires_grad_() for logits in answers]
+    slopes = []
+    for state, logits, pull in zip(states, answers, gradients(gain(*leaves), leaves), strict=True):
+        with state():
+            slopes.append(slope_of(logits, images, pull))
+    return torch.stack(slopes).sum(0)
 
 
 def anything_but(logits: Tensor, classes: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
+from torch.utils.checkpoint import checkpoint
 
 from lightning_unlearn.filters import FilterMask, find_filters, mean_abs_gradient, score_filters, taylor
 from lightning_unlearn.filters.scores import SCORES
+from tests.filters import mixed_nets
 
 # Every loss here is Σ a_c · out_c over all places of all images, unless it says otherwise.
 
@@ -208,3 +210,17 @@ def test_losses_made_beforehand_are_refused_by_taylor(make_net):
     layers = find_filters(net, torch.rand(1, 1, 8, 8))
     with pytest.raises(ValueError, match="the loss does not depend on any filter"):
         taylor(layers, [net(torch.rand(1, 1, 8, 8)).sum()])
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_gradient_checkpointing_changes_no_score(score):
+    """The backward pass computes the forward pass again, in which a scaled running mean is no torch norm's."""
+    net, images = mixed_nets.build(), mixed_nets.images()
+    layers = find_filters(net, images)
+    assert any(layer.offsets for layer in layers)
+    plain, again = (
+        score_filters(layers, (forward(images)[:, 0].sum() for _ in range(1)), score)
+        for forward in (net, lambda images: checkpoint(net, images, use_reentrant=False))
+    )
+    assert plain.count_nonzero()
+    assert torch.equal(plain, again)

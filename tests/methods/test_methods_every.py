@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lightning_unlearn import methods, repair
 from lightning_unlearn.methods import (
@@ -101,6 +103,20 @@ def test_a_model_may_write_into_its_input(make_net, make_clean, name):
         repair(net, make_clean(6), **options(name))
         results.append(state(net))
     assert same(*results)
+
+
+@pytest.mark.parametrize("name", sorted(SHORT.keys() - {"CLP"}))
+def test_gradient_checkpointing_changes_nothing(make_net, make_clean, name):
+    """It computes the forward pass again in the backward pass, for which weights must still be scaled."""
+    results = []
+    for again in (False, True):
+        net = make_net("group_norm")
+        if again:
+            net.forward = partial(checkpoint, net.forward, use_reentrant=False)
+        done = repair(net, make_clean(6), **options(name))
+        results.append((done.rounds, state(net)))
+    assert results[0][0] == results[1][0]
+    assert same(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("name", UNTOLD)

@@ -69,12 +69,12 @@ def test_sign_ascent():
     images = torch.tensor([0.5, 0.5, 0.5, 0.95]).view(1, 1, 2, 2)
     pixels = PixelRange(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
     for steps, wanted in ((1, [0.6, 0.4, 0.5, 1.0]), (5, [0.7, 0.3, 0.5, 1.0])):
-        moved = sign_ascent(lambda x: (slope * x).sum(), images, pixels, epsilon=0.2, steps=steps, step_size=0.1)
+        moved = sign_ascent(lambda _: slope, images, pixels, epsilon=0.2, steps=steps, step_size=0.1)
         assert moved.flatten().tolist() == pytest.approx(wanted)
         assert not moved.requires_grad
     # The same images, normalised.
     pixels = PixelRange(torch.full((1, 1, 1), -2.0), torch.full((1, 1, 1), 2.0))
-    moved = sign_ascent(lambda x: (slope * x).sum(), images * 4 - 2, pixels, epsilon=0.2, steps=5, step_size=0.1)
+    moved = sign_ascent(lambda _: slope, images * 4 - 2, pixels, epsilon=0.2, steps=5, step_size=0.1)
     assert (moved.flatten() / 4 + 0.5).tolist() == pytest.approx([0.7, 0.3, 0.5, 1.0])
 
 
