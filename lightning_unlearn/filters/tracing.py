@@ -10,7 +10,9 @@ it.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +42,9 @@ _KEEP_CHANNELS = frozenset(
         *("requires_grad_", "clamp", "clamp_"),
     )
 )
+# How to make weights that hooks compute plain, in torch.nn.utils, by the hook's class; else they are parametrised.
+_REMOVALS = {"WeightNorm": "remove_weight_norm(module)", "SpectralNorm": "remove_spectral_norm(module)"}
+_REMOVAL = "parametrize.remove_parametrizations(module, 'weight')"
 _PERMUTE = frozenset({"permute", "transpose", "swapaxes", "movedim"})
 
 
@@ -58,6 +63,7 @@ class _Origins(TorchFunctionMode):
         super().__init__()
         self.convolutions = convolutions
         self.ran: set[str] = set()
+        self.computed = 0  # how many convolutions ran with a weight that depends on parameters, but is no module's
         self.consumed: list[tuple[_Origin | None, dict[str, Any]]] = []  # for each norm that ran, its arguments
         self.escaped: set[str] = set()  # convolutions whose output something beside norms takes
         # The tensor is kept beside its origin so that its id is not given to another one.
@@ -93,6 +99,7 @@ class _Origins(TorchFunctionMode):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             name = self.convolutions.get(id(weight))
             if name is None:
+                self.computed += weight.requires_grad
                 return None
             self.ran.add(name)
             return _Origin(name, result.ndim - weight.ndim + 1, normed=False)
@@ -139,8 +146,9 @@ def find_filters(
         One :class:`FilterLayer` a convolution, in the order of ``model.named_modules()``.
 
     Raises:
-        ValueError: if the model is scripted, holds no convolution that the forward pass uses, or if a
-            convolution is pruned by ``torch.nn.utils.prune`` or parametrised, so that its weight cannot be written.
+        ValueError: if a part of the model is scripted, if it runs no convolution with a weight of its own, if a
+            convolution is pruned by ``torch.nn.utils.prune`` or parametrised, so that its weight cannot be written, or
+            shares it with another one, or if a batch norm has no running statistics.
 
     Example:
         >>> import torch
@@ -157,11 +165,18 @@ def find_filters(
     _refuse_unwritable(model, convolutions)
     by_weight: dict[int, str] = {}
     for name, module in convolutions.items():
-        by_weight.setdefault(id(module.weight), name)
+        if (other := by_weight.setdefault(id(module.weight), name)) != name:
+            raise ValueError(
+                f"model: convolutions {other!r} and {name!r} share one weight, so that one's channels cannot be scaled "
+                "without the other's; give one a copy: module.weight = nn.Parameter(module.weight.detach().clone())."
+            )
     origins = _Origins(by_weight)
     probe = images.clone()  # a model may normalise its input in place
-    with torch.no_grad(), origins:
+    with torch.enable_grad(), _eager(), origins:  # with gradients, which tell what is computed from parameters
         (forward or model)(probe)
+    _refuse_batch_statistics(model, origins)
+    if origins.computed:
+        _tell_computed(origins, convolutions)
     if not origins.ran:
         raise ValueError(
             f"model: {type(model).__name__} ran no convolution on images of shape {tuple(images.shape)}, so there are "
@@ -175,9 +190,18 @@ def find_filters(
     )
 
 
+def _eager() -> AbstractContextManager[Any]:
+    """Run what is compiled as it was written; torch before 2.6 knows no such thing."""
+    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+
+
 def _refuse_unwritable(model: nn.Module, convolutions: dict[str, nn.modules.conv._ConvNd]) -> None:
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("model: a scripted module cannot be traced; pass the eager module it was scripted from.")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and (module is model or any(True for _ in module.parameters())):
+            raise ValueError(
+                f"model: a scripted module cannot be traced{f', as {name!r} is' if name else ''}; pass the eager "
+                "module it was scripted from."
+            )
     if prune.is_pruned(model):
         raise ValueError(
             "model: it is already pruned with torch.nn.utils.prune, whose hooks would undo the repair at the next "
@@ -185,11 +209,45 @@ def _refuse_unwritable(model: nn.Module, convolutions: dict[str, nn.modules.conv
         )
     for name, module in convolutions.items():
         if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+            hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+            removal = next((_REMOVALS[hook] for hook in hooks if hook in _REMOVALS), _REMOVAL)
             raise ValueError(
                 f"model: the weight of convolution {name!r} is computed by a parametrisation (such as weight or "
-                "spectral norm) and cannot be zeroed; call "
-                "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first."
+                f"spectral norm) and cannot be zeroed; call torch.nn.utils.{removal} first."
             )
+
+
+def _refuse_batch_statistics(model: nn.Module, origins: _Origins) -> None:
+    """Refuse a model whose answer for one image depends on the others, by which no rate can be measured."""
+    for _, arguments in origins.consumed:
+        if model.training or not arguments.get("training"):
+            continue
+        names = [
+            f"batch norm {name!r}"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and module.weight is arguments.get("weight")
+            and module.running_mean is arguments.get("running_mean")
+        ]
+        raise ValueError(
+            f"model: {names[0] if names else 'a batch norm'} takes its statistics from the batch in eval mode, too, so "
+            "that the answer for an image depends on the others in its batch; train the model with "
+            "track_running_stats=True, or with GroupNorm or InstanceNorm in its place."
+        )
+
+
+def _tell_computed(origins: _Origins, convolutions: dict[str, nn.modules.conv._ConvNd]) -> None:
+    """Warn of convolutions that cannot be pruned, or refuse them if there are no others."""
+    others = [repr(name) for name in convolutions if name not in origins.ran]
+    named = f" (with their own did not run: {', '.join(others[:5])})" if others else ""
+    message = (
+        f"model: {origins.computed} convolution{'s run' if origins.computed > 1 else ' runs'} with a weight that the "
+        "forward pass computes (as weight standardisation does) or that no nn.Conv module holds, and cannot be pruned"
+        f"{named}; put what is computed into a plain nn.Conv module first."
+    )
+    if not origins.ran:
+        raise ValueError(message)
+    warnings.warn(f"{message} They are left alone.", stacklevel=3)
 
 
 _ByConvolution = dict[str, tuple[ChannelTensor, ...]]

@@ -142,7 +142,6 @@ def test_zero_without_a_norm_kills_the_convolutions_output(kind):
     [
         nn.BatchNorm2d(6),
         nn.BatchNorm2d(6, affine=False),
-        nn.BatchNorm2d(6, track_running_stats=False),
         nn.InstanceNorm2d(6),
         nn.InstanceNorm2d(6, affine=True),
         nn.InstanceNorm2d(6, track_running_stats=True),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -359,13 +360,23 @@ def test_pruned_models_are_refused(part):
     assert len(find_filters(net, torch.rand(1, 2, 4, 4))) == 1
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
 @pytest.mark.parametrize(
-    "parametrize", [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.spectral_norm]
+    ("parametrize", "remove"),
+    [
+        (parametrizations.weight_norm, "parametrize.remove_parametrizations(module, 'weight')"),
+        (parametrizations.spectral_norm, "parametrize.remove_parametrizations(module, 'weight')"),
+        (nn.utils.weight_norm, "remove_weight_norm(module)"),
+        (nn.utils.spectral_norm, "remove_spectral_norm(module)"),
+    ],
 )
-def test_parametrised_convolutions_are_refused(parametrize):
+def test_parametrised_convolutions_are_refused(parametrize, remove):
     net = nn.Sequential(conv(), nn.Sequential(parametrize(conv()))).eval()
-    with pytest.raises(ValueError, match=r"model: the weight of convolution '1\.0' is computed by a parametrisation"):
+    with pytest.raises(ValueError, match=r"model: the weight of convolution '1\.0' is computed by .* call") as refused:
         find_filters(net, torch.rand(1, 2, 4, 4))
+    assert f"call torch.nn.utils.{remove} first" in str(refused.value)
+    eval(f"nn.utils.{remove}", {"nn": nn, "module": net[1][0]})
+    assert len(find_filters(net, torch.rand(1, 2, 4, 4))) == 2
 
 
 def test_a_parametrised_linear_layer_is_no_obstacle():
@@ -380,3 +391,62 @@ def test_a_parametrised_linear_layer_is_no_obstacle():
 def test_scripted_models_are_refused(script):
     with pytest.raises(ValueError, match="model: a scripted module cannot be traced; pass the eager module"):
         find_filters(script(nn.Sequential(conv()).eval()), torch.rand(1, 2, 4, 4))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_scripted_parts_are_refused():
+    with pytest.raises(ValueError, match="model: a scripted module cannot be traced, as '1' is; pass the eager module"):
+        find_filters(nn.Sequential(conv(), torch.jit.script(conv())), torch.rand(1, 2, 4, 4))
+    with_scripted_activation = nn.Sequential(conv(), torch.jit.script(nn.ReLU()))
+    assert len(find_filters(with_scripted_activation, torch.rand(1, 2, 4, 4))) == 1
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias, padding=1)
+
+
+def test_weights_that_a_forward_computes():
+    images, part = torch.rand(1, 2, 4, 4), Standardised(2, 2, 3)
+    with pytest.raises(ValueError, match=r"model: 2 convolutions run with a weight.*computes.*'0', '1'.*put what"):
+        find_filters(nn.Sequential(part, Standardised(2, 2, 3)), images)
+    with pytest.warns(UserWarning, match=r"model: 1 convolution runs with a weight.*'1'.*They are left alone"):
+        assert [layer.name for layer in find_filters(nn.Sequential(conv(), part), images)] == ["0"]
+    with pytest.raises(ValueError, match=r"model: 1 convolution runs with a weight.*computes"):
+        find_filters(Net(lambda net, x: F.conv2d(x, net.a.weight.view(2, 2, 1, 1)), a=nn.Linear(2, 2)), images)
+
+
+def test_a_fixed_blur_is_no_convolution_to_prune():
+    blur = torch.ones(1, 1, 3, 3) / 9
+    net = Net(lambda net, x: F.conv2d(net.a(x), blur.expand(2, 1, 3, 3), groups=2), a=conv())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(find_filters(net, torch.rand(1, 2, 4, 4))) == 1
+
+
+def test_convolutions_of_one_weight_are_refused():
+    net = nn.Sequential(conv(), conv(), conv())
+    net[2].weight = net[1].weight
+    with pytest.raises(ValueError, match=r"model: convolutions '1' and '2' share one weight.*nn\.Parameter"):
+        find_filters(net, torch.rand(1, 2, 4, 4))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_that_look_at_the_batch_are_refused(affine):
+    images = torch.rand(1, 2, 4, 4)
+    net = nn.Sequential(conv(), norm(), conv(), nn.BatchNorm2d(2, affine=affine, track_running_stats=False))
+    assert len(find_filters(net.train(), images)) == 2
+    with pytest.raises(ValueError, match=r"model: batch norm '3' takes.*track_running_stats=True.*Group"):
+        find_filters(net.eval(), images)
+    with pytest.raises(ValueError, match="model: a batch norm takes its statistics"):
+        find_filters(Net(lambda net, x: F.batch_norm(net.a(x), None, None, training=True), a=conv()).eval(), images)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch before 2.6 compiles whatever it meets")
+def test_a_compiled_part_is_traced_without_compilation():
+    torch._dynamo.reset()  # what was skipped once, for any test, is not compiled again
+    net = nn.Sequential(conv(), norm()).eval()
+    compiled = nn.Sequential(torch.compile(net, backend="eager", fullgraph=True)).eval()
+    assert [len(layer.norms) for layer in find_filters(compiled, torch.rand(1, 2, 4, 4))] == [2]

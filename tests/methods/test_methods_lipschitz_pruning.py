@@ -116,7 +116,6 @@ def test_the_largest_of_several_norms():
         nn.GroupNorm(1, 4),
         nn.InstanceNorm2d(4, affine=True),
         nn.BatchNorm2d(4, affine=False),
-        nn.BatchNorm2d(4, track_running_stats=False),
     ],
 )
 def test_no_bound_without_gamma_and_variance(norm):
