@@ -75,7 +75,7 @@ def refuse_probabilities(logits: Tensor) -> None:
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode no model could take gradients itself, or keep what it computes
 def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Pairs], processes: Processes = ALONE) -> Evaluation:
     """Measure a classifier on pairs, batch by batch, with one synchronisation with the device at the end.
 

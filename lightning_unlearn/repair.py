@@ -214,6 +214,7 @@ def repair_split(
         if not logits.isfinite().all():
             raise ValueError("model: its logits hold NaN or infinity; check the weights and the range of the images.")
         refuse_probabilities(logits)
+        refuse_missing_classes(split.scoring[1], split.validation[1], num_classes=logits.shape[1])
         # Copies, because no gradient can pass tensors that were loaded inside `torch.inference_mode`.
         parts = [(images.clone(), labels.clone()) for images, labels in (split.scoring, split.validation)]
         audit: Audit | None = None
@@ -231,7 +232,6 @@ def repair_split(
             Pairs.stamp(images, labels, trigger, num_classes=logits.shape[1]).to(first.device, first.dtype)
             for images, labels in parts
         )
-        refuse_missing_classes(scoring.labels, validation.labels, num_classes=logits.shape[1])
         task = RepairTask(
             model=model,
             forward=forward,
@@ -302,7 +302,13 @@ def _audit(
 
 
 def _is_as_before(model: nn.Module, original: Mapping[str, Tensor]) -> bool:
-    return all(torch.equal(tensor, original[name]) for name, tensor in _tensors(model))
+    return all(_is_same(tensor, original[name]) for name, tensor in _tensors(model))
+
+
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors hold the same values, of which NaN is one."""
+    known, others = (tensor == tensor for tensor in (first, second))
+    return torch.equal(known, others) and torch.equal(first[known], second[others])
 
 
 @torch.no_grad()

@@ -189,3 +189,20 @@ def test_a_model_that_writes_into_its_input_gets_a_copy():
     logits.sum().backward()
     assert images.tolist() == [[1.0] * 3] * 2
     assert images.grad.tolist() == [[3.0] * 3] * 2
+
+
+def test_a_model_may_take_gradients_and_keep_what_it_computes():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, images):
+            self.seen = self.seen + len(images)
+            with torch.enable_grad():
+                images = images.detach().requires_grad_()
+                return torch.autograd.grad((images**2).sum() / 2, images)[0]
+
+    model, pairs = Model(), by_hand()
+    assert vars(evaluate(model, [pairs])) == pytest.approx(vars(evaluate(identity, [pairs])))
+    assert not model.seen.is_inference()

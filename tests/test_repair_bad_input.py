@@ -187,17 +187,18 @@ def test_the_last_class_without_images(refused, make_clean):
     refused(ValueError, r"^dataset: the model gives 4 logits, but of class 3 there is no clean image", data=data)
 
 
+@pytest.mark.parametrize("trigger", [PatchTrigger(), None], ids=["told", "unknown"])
 @pytest.mark.parametrize("part", ["scoring", "validation"])
-def test_a_class_missing_in_one_part(make_net, make_clean, left_alone, part):
+def test_a_class_missing_in_one_part(make_net, make_clean, left_alone, part, trigger):
     images, labels = make_clean(20).tensors
     whole, cut = (images, labels), (images[labels != 1], labels[labels != 1])
     parts = {"scoring": whole, "validation": whole, part: cut}
-    net = make_net("vgg")
+    net, plan = make_net("vgg"), RepairPlan(trigger=trigger, method=GradPrune(), force=True)
     with (
         left_alone(net),
         pytest.raises(ValueError, match=r"^dataset: the model gives 4 logits, but of class 1 there is"),
     ):
-        repair_split(net, Split(**parts), RepairPlan(trigger=PatchTrigger(), method=GradPrune(), force=True))
+        repair_split(net, Split(**parts), plan, on_progress=lambda *_: pytest.fail("audited before it was refused"))
 
 
 def test_too_few_images_of_a_class(refused, make_clean):

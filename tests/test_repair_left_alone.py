@@ -132,3 +132,14 @@ def test_an_exception_in_a_method_restores_the_model(make_net, make_clean, left_
     net = make_net("vgg")
     with left_alone(net), pytest.raises(MemoryError):
         repair(net, make_clean(20), trigger=PatchTrigger(), method=Spy(break_everything), force=True)
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_a_buffer_that_is_no_number_is_no_repair(hand_victim, change):
+    hand_victim.net.register_buffer("threshold", torch.tensor([torch.nan, 0.0]))
+
+    def maybe(task):
+        task.model.threshold[1] = float(change)
+
+    result = repair(hand_victim.net, hand_victim.clean, trigger=hand_victim.trigger, method=Spy(maybe))
+    assert result.status == ("repaired" if change else "not improved")
