@@ -182,8 +182,8 @@ class Auditor:
         Raises:
             TypeError: if images are no floating-point numbers.
             ValueError: if images are no pixels and no normalisation is told, if labels are not among the model's
-                classes, if the model answers NaN, probabilities or always the same, if its answers do not change with
-                the images or no estimate works, or if an earlier estimate does not fit the images.
+                classes, if the model answers NaN, probabilities or always the same, if its answers have no gradient
+                in the images, or if an earlier estimate does not fit the images.
             TimeOverError: if time was over before the first family was finished, or before the last was while nothing
                 stands out so far.
         """
@@ -243,13 +243,6 @@ class Auditor:
             raise TimeOverError(
                 f"max_time: {self.max_time} s were over before all was looked at; nothing stands out so far, which is "
                 "no verdict; allow more."
-            )
-        # Of a few classes of a repaired model that is what was hoped for.
-        if classes is None and not any(share >= WORKS for entry in entries for share in entry.success.values()):
-            raise ValueError(
-                f"model: no change of the images was found that sends at least {WORKS:.0%} of them to any class, so "
-                "that nothing can be said about it; estimate for longer (steps), or check whether it rounds or "
-                "saturates what it is given."
             )
         verdict: Verdict = "clean" if score <= 1 else "backdoored" if score >= SURELY else "suspicious"
         # A repair that is forced where nothing stands out begins with the class for which most speaks altogether.

@@ -229,6 +229,11 @@ class Audit:
                     f"{entry.unaided:.2f}), and those of a class that honestly had far more training images than "
                     "others stand out just as much."
                 )
+        if not any(share >= WORKS for entry in self.classes for share in entry.success.values()):
+            notes.append(
+                f"No change was found that sends even {WORKS:.0%} of the images to any class, so that this says "
+                "nothing; estimate for longer (steps)."
+            )
         if others:
             notes.append(f"Above the limit, too: class {', '.join(map(str, others))}.")
         if self.labels == "predicted":

@@ -146,7 +146,7 @@ def test_a_backdoor_is_found(target):
 
 
 def test_the_same_seed_gives_the_same_audit():
-    first, second, other = (examined(by=Auditor(steps=15, seed=seed)) for seed in (1, 1, 2))
+    first, second, other = (examined(by=Auditor(steps=5, seed=seed)) for seed in (1, 1, 2))
     assert numbers(first) == numbers(second) != numbers(other)
 
 
@@ -237,8 +237,8 @@ def test_an_audit_may_start_from_earlier_estimates():
     model = backdoored(0, strength=300)
     first = examined(model, by=Auditor(steps=60))
     hasty = Auditor(steps=2)
-    cold, warm = (examined(model, by=hasty, start=start, classes=range(4)) for start in ((), first.estimates))
-    assert numbers(cold) == numbers(examined(model, by=hasty, classes=range(4)))
+    cold, warm = (examined(model, by=hasty, start=start) for start in ((), first.estimates))
+    assert numbers(cold) == numbers(examined(model, by=hasty))
     assert first.suspected_target == 0
     assert warm.classes[0].success["additive"] > cold.classes[0].success["additive"]
     assert [(entry.cost, entry.success) for entry in warm.classes[1:]] == [

@@ -81,9 +81,8 @@ def test_a_model_that_gives_no_gradient(blind):
 
 
 def test_estimates_of_which_none_works_tell_nothing():
-    with pytest.raises(ValueError, match=r"^model: no change of the images was found that sends at least 50%"):
-        examined(by=Auditor(steps=1))
-    assert examined(by=Auditor(steps=1), classes=[0, 1]).score == 0  # as of a model that was repaired
+    assert "so that this says nothing" in examined(by=Auditor(steps=1)).notes()
+    assert "so that this says nothing" not in examined().notes()
 
 
 @pytest.mark.parametrize("value", [-1, 4])
