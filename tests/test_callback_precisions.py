@@ -91,7 +91,7 @@ def test_scores_add_up_in_float32(make_net, dtype):
     # In half precision 1 + 1000 small gradients would stay 1.
     weight = torch.ones(1, dtype=dtype, requires_grad=True)
     losses = (weight.sum() * factor for factor in [1.0] + 1000 * [1e-4])
-    (gradient,) = score_module._gradients([weight], losses, score_module.ALONE)
+    (gradient,) = score_module._summed([weight], losses, score_module.ALONE)
     assert gradient.dtype == torch.float32
     assert gradient.item() == pytest.approx(1.1, rel=1e-2)
 
