@@ -33,7 +33,9 @@ def intact(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     copies = {tensor: tensor.detach().clone() for tensor in tensors.values()}
-    tables = [table for module in flags for table in (module._parameters, module._buffers)]
+    # A scripted module makes its tensors anew whenever it is asked, and takes no others.
+    eager = [module for module in flags if not isinstance(module, torch.jit.ScriptModule)]
+    tables = [table for module in eager for table in (module._parameters, module._buffers)]
     places = [(table, name, tensor) for table in tables for name, tensor in table.items()]
     devices = sorted({t.device.index or 0 for t in copies if t.is_cuda})
     try:
