@@ -299,7 +299,7 @@ def test_weights_do_not_depend_on_the_evaluation_trigger(setting, has_test):
         assert other.report.estimated_trigger == first.report.estimated_trigger
         assert other.report.estimated_asr == first.report.estimated_asr
     rates = [(other.report.before["asr"], other.report.after["ra"]) for other, _ in others]
-    assert len(set(rates)) == len(rates)  # they do measure
+    assert len(set(rates)) > 1  # they do measure; the careless one draws at random, and may come to what another has
 
 
 # A clean verdict
