@@ -67,6 +67,7 @@ def _cifar10(split: str) -> tuple[Tensor, Tensor]:
 
 
 def _fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
+    # Where Debian's package dataset-fashion-mnist puts it, so that nothing is downloaded where that is installed.
     debian = Path("/usr/share/datasets/fashion-mnist")
     root = debian if debian.exists() else _DATA
     dataset = FashionMNISTDataModule(root=str(root)).open(

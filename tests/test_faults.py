@@ -275,20 +275,24 @@ class Breaks(TorchCheckpointIO):
         raise self.error
 
 
-@pytest.mark.parametrize("wrap", [lambda saver: saver, AsyncCheckpointIO], ids=["at once", "async"])
+_SAVING = {
+    "disk full": (OSError(errno.ENOSPC, "No space left on device"), OSError),
+    "no permission": (PermissionError(errno.EACCES, "Permission denied"), OSError),
+    "RuntimeError": (RuntimeError("PytorchStreamWriter failed writing file"), RuntimeError),
+    "Ctrl-C": (KeyboardInterrupt(), SystemExit),
+}
+
+
 @pytest.mark.parametrize(
-    ("error", "raised"),
+    ("wrap", "kind"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), OSError),
-        (PermissionError(errno.EACCES, "Permission denied"), OSError),
-        (RuntimeError("PytorchStreamWriter failed writing file"), RuntimeError),
-        (KeyboardInterrupt(), SystemExit),
+        *((lambda saver: saver, kind) for kind in _SAVING),
+        *((AsyncCheckpointIO, kind) for kind in _SAVING if kind != "Ctrl-C"),  # it reaches the main thread alone
     ],
-    ids=["disk full", "no permission", "RuntimeError", "Ctrl-C"],
+    ids=[*_SAVING, *(f"async {kind}" for kind in _SAVING if kind != "Ctrl-C")],
 )
-def test_while_saving(setting, original, error, raised, wrap):
-    if wrap is AsyncCheckpointIO and raised is SystemExit:
-        pytest.skip("Ctrl-C reaches the main thread, never a saver's")
+def test_while_saving(setting, original, wrap, kind):
+    error, raised = _SAVING[kind]
     callback, model = setting.callback(), setting.model()
     trainer = setting.trainer(*original.callbacks(), callback, plugins=[wrap(Breaks(error))])
     with pytest.warns(UserWarning, match=rf"{REPAIRED}, but no file does"), pytest.raises(raised):
