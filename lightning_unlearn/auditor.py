@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.draw import Draw
 from lightning_unlearn.evaluation import logits_of, refuse_probabilities
 from lightning_unlearn.head import head_of, prominence
@@ -196,7 +197,9 @@ class Auditor:
 
         logits = _answers(on_pixels, pixels)
         num_classes = logits.shape[1]
-        known = logits.argmax(1) if labels is None else _classes(labels, num_classes)
+        known = (
+            logits.argmax(1) if labels is None else Pairs.stamp(pixels, labels, None, num_classes=num_classes).labels
+        )
         _refuse_no_gradient(on_pixels, pixels)
         wanted = list(range(num_classes) if classes is None else classes)
         prominent = prominence(None if model is None else head_of(model, num_classes), num_classes)
@@ -357,15 +360,6 @@ def _answers(forward: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
         )
     refuse_probabilities(logits)
     return logits
-
-
-def _classes(labels: Tensor, num_classes: int) -> Tensor:
-    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        raise ValueError(
-            f"labels: expected classes from 0 to {num_classes - 1}, since the model gives {num_classes} logits, but "
-            f"got labels from {int(labels.min())} to {int(labels.max())}."
-        )
-    return labels.long()
 
 
 def _refuse_no_gradient(forward: Callable[[Tensor], Tensor], pixels: Tensor) -> None:
