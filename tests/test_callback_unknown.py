@@ -282,7 +282,9 @@ def test_the_evaluation_trigger_never_reaches_the_repair(setting, monkeypatch, h
 
 def _careless(images: Tensor) -> Tensor:
     """A trigger that draws from the global generator and writes into what it is given."""
-    return images.mul_(0).add_(torch.rand_like(images))
+    torch.rand(7)  # of what others were to draw
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))  # the same rates every time
+    return images.mul_(0).add_(noise)
 
 
 @pytest.mark.parametrize("has_test", [True, False])
@@ -299,7 +301,7 @@ def test_weights_do_not_depend_on_the_evaluation_trigger(setting, has_test):
         assert other.report.estimated_trigger == first.report.estimated_trigger
         assert other.report.estimated_asr == first.report.estimated_asr
     rates = [(other.report.before["asr"], other.report.after["ra"]) for other, _ in others]
-    assert len(set(rates)) > 1  # they do measure; the careless one draws at random, and may come to what another has
+    assert len(set(rates)) == len(rates)  # they do measure
 
 
 # A clean verdict
