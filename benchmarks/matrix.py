@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.victims import Victim
+from lightning_unlearn import methods
+from lightning_unlearn.methods import RepairMethod
 from lightning_unlearn.roster import SHORTENED
 
 __all__ = ["FINE_TUNED", "METHODS", "SHOWN", "VICTIMS", "Cell", "cells"]
+
+Arguments = dict[str, Any]
 
 # Every method by the name that tables show: class, and the arguments that differ from its defaults. ANP, SAU and IMS
 # are cut, in all cells alike, to about two minutes on one core at 10 images per class: their published 2,000 steps, 100
 # epochs and 500 steps would take 20, 5 and 8 minutes. ANP's learning rate is higher in return. I-BAU's batch is smaller
 # than published, since with 90 images it would take but one step a round.
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+METHODS: dict[str, tuple[str, Arguments]] = {
     "MaskPrune": ("MaskPrune", {}),
     # The trigger is estimated, by an audit and after each repair: the only one of ours that is not told it.
     "Alternation": ("Alternation", {}),
@@ -34,7 +38,23 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "SAU": ("SharedAdversarialUnlearning", SHORTENED["SharedAdversarialUnlearning"]),
     "IMS": ("InvertedMaskSelection", SHORTENED["InvertedMaskSelection"]),
 }
-SHOWN = {(kind, repr(arguments)): name for name, (kind, arguments) in METHODS.items()}
+# With 100 images per class an epoch has four steps where it has one with ten. What counts epochs and would take more than
+# five minutes on one core then takes as many steps as with ten; the others are by steps or short enough.
+_FEWER_EPOCHS: dict[str, Arguments] = {
+    "FT, clean and triggered": {"max_epochs": 25},
+    "FT": {"max_epochs": 25},
+    "FT-SAM": {"max_epochs": 25},
+    "FP": {"finetune": {"max_epochs": 25}},
+    "NAD": {"max_epochs": 25},
+    "SAU": {"max_epochs": 10},
+}
+
+
+def _arguments(method: str, samples_per_class: int) -> Arguments:
+    return {**METHODS[method][1], **(_FEWER_EPOCHS.get(method, {}) if samples_per_class == 100 else {})}
+
+
+SHOWN = {(kind, repr(_arguments(name, samples))): name for samples in (10, 100) for name, (kind, _) in METHODS.items()}
 # What `Alternation` did by default at first, some of whose results are kept.
 FINE_TUNED = {"method": "MaskPrune(target_weight=0.0, accuracy_drop=0.04, finetune=True)"}
 SHOWN["Alternation", repr(FINE_TUNED)] = "Alternation, fine-tuned"
@@ -90,11 +110,30 @@ class Cell:
     samples_per_class: int
     seed: int
 
+    @property
+    def kind(self) -> str:
+        """The method's class."""
+        return METHODS[self.method][0]
 
-def cells(groups: list[str], methods: list[str]) -> Iterator[Cell]:
+    @property
+    def arguments(self) -> Arguments:
+        """The method's arguments that differ from its defaults, as JSON: a dict within is that of a fine-tuning."""
+        return _arguments(self.method, self.samples_per_class)
+
+    def build(self) -> RepairMethod:
+        """The method itself."""
+        arguments = {
+            name: methods.FineTuning(**value) if isinstance(value, dict) else value
+            for name, value in self.arguments.items()
+        }
+        method: RepairMethod = getattr(methods, self.kind)(**arguments)
+        return method
+
+
+def cells(groups: list[str], names: list[str]) -> Iterator[Cell]:
     """All cells of groups of victims, those of the same draw together."""
     draws = {group: _DRAWS.get(group, [(10, 0)]) for group in groups}
     for number in range(max(map(len, draws.values()))):
         for group in groups:
             for samples, seed in draws[group][number : number + 1]:
-                yield from (Cell(victim, method, samples, seed) for victim in VICTIMS[group] for method in methods)
+                yield from (Cell(victim, name, samples, seed) for victim in VICTIMS[group] for name in names)

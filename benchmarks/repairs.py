@@ -19,7 +19,7 @@ import torchvision
 from torch.utils.data import TensorDataset
 
 from benchmarks.datasets import load
-from benchmarks.matrix import METHODS, Cell
+from benchmarks.matrix import Cell
 from benchmarks.victims import Victim, attack_trigger, measure, train
 from lightning_unlearn import __version__, methods, repair
 from lightning_unlearn.metrics.functional import defense_effectiveness_rating, robust_improvement_rate
@@ -110,13 +110,12 @@ def _train(victim: Victim, cache: Path) -> None:
 
 
 def _described(cell: Cell, test_images: int) -> dict[str, Any]:
-    kind, arguments = METHODS[cell.method]
-    method = getattr(methods, kind)(**arguments)
+    method = cell.build()
     told = method.needs_trigger and not isinstance(method, methods.Alternation)
     return {
         "victim": asdict(cell.victim),
-        "method": kind,
-        "method_args": arguments,
+        "method": cell.kind,
+        "method_args": cell.arguments,
         "trigger": "known" if told else "unknown",
         "samples_per_class": cell.samples_per_class,
         "seed": cell.seed,
@@ -130,12 +129,11 @@ def _before(victim: Victim, cache: Path, test_images: int) -> dict[str, float]:
 
 
 def _repair(cell: Cell, cache: Path, test_images: int) -> dict[str, Any]:
-    kind, arguments = METHODS[cell.method]
     net = train(cell.victim, cache)
     before = _before(cell.victim, cache, test_images)
     _reset_peak_memory()
     started = time.process_time()
-    method = getattr(methods, kind)(**arguments)
+    method = cell.build()
     result = repair(
         net,
         TensorDataset(*load(cell.victim.dataset, "holdout")),

@@ -45,7 +45,7 @@ def line(method="MaskPrune", *, asr=0.01, drop=0.01, asr_before=1.0, attack="bad
 
 
 def test_every_method_of_the_matrix_can_be_built_and_none_is_missing():
-    built = {type(getattr(methods, kind)(**arguments)).__name__ for kind, arguments in matrix.METHODS.values()}
+    built = {type(matrix.Cell(TINY, name, 10, 0).build()).__name__ for name in matrix.METHODS}
     known = {name for name in methods.__all__ if isinstance(getattr(methods, name), type)}
     assert built == known - {"RepairMethod", "RepairTask", "Round", "Stopwatch"}
 
@@ -55,6 +55,18 @@ def test_the_matrix():
     assert len(cells) == (9 * 4 + 3 + 3) * len(matrix.METHODS)
     assert len(set(cells)) == len(cells)
     assert {(c.samples_per_class, c.seed) for c in cells} == {(2, 0), (10, 0), (10, 1), (100, 0)}
+
+
+@pytest.mark.parametrize("name", matrix.METHODS)
+def test_with_a_hundred_images_per_class_a_method_takes_no_more_steps_and_keeps_its_name(name):
+    few, many = (matrix.Cell(TINY, name, samples, 0) for samples in (10, 100))
+    assert tables.method_name({"method": many.kind, "method_args": json.loads(json.dumps(many.arguments))}) == name
+    few, many = (
+        getattr(method, "finetune", None) or method if isinstance(method, methods.FinePruning) else method
+        for method in (few.build(), many.build())
+    )
+    steps = [getattr(method, "max_epochs", None) for method in (few, many)]
+    assert steps in ([None, None], [100, 25], [40, 10])  # of 90 images at once, and four of 225
 
 
 def test_a_run_keeps_whole_lines_and_resumes(tmp_path):
