@@ -38,8 +38,8 @@ METHODS: dict[str, tuple[str, Arguments]] = {
     "SAU": ("SharedAdversarialUnlearning", SHORTENED["SharedAdversarialUnlearning"]),
     "IMS": ("InvertedMaskSelection", SHORTENED["InvertedMaskSelection"]),
 }
-# With 100 images per class an epoch has four steps where it has one with ten. What counts epochs and would take more than
-# five minutes on one core then takes as many steps as with ten; the others are by steps or short enough.
+# With 100 images per class an epoch has four steps where it has one with ten. What counts epochs and would take more
+# than five minutes on one core then takes as many steps as with ten; the others are by steps or short enough.
 _FEWER_EPOCHS: dict[str, Arguments] = {
     "FT, clean and triggered": {"max_epochs": 25},
     "FT": {"max_epochs": 25},
