@@ -249,7 +249,7 @@ def repair_split(
             processes=processes,
             watch=watch,
         )
-        held_before = task.measure()
+        held_before = held_after = task.held_before
         asr_before = held_before.asr
         if audit is not None and audit.verdict == "clean" and not plan.force:
             status = "clean"
@@ -260,11 +260,13 @@ def repair_split(
                 rounds.append(number)
                 if on_round is not None:
                     on_round(number)
-            if task.measure().asr > asr_before:
+            held_after = task.measure()
+            if held_after.asr > asr_before:
+                held_after = held_before
                 task.mask.undo(task.mask.steps)
                 _restore(model, original)
             status = "not improved" if _is_as_before(model, original) else "repaired"
-        after, held_after = task.validate(), task.measure()
+        after = task.validate()
     return RepairResult(
         method=method.name,
         status=status,

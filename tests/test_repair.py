@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 from lightning_unlearn.data import split_holdout
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import evaluate
-from lightning_unlearn.methods import FineTuning, GradPrune, MaskPrune
+from lightning_unlearn.methods import FineTuning, GradPrune, MaskPrune, RepairTask
 from lightning_unlearn.repair import RepairResult, repair
 from lightning_unlearn.triggers import PatchTrigger
 from tests.small_repairs import METHODS, Spy, same_state, state
@@ -47,6 +47,14 @@ def test_the_draw(make_net, make_clean):
     assert torch.equal(spy.task.validation.triggered, trigger(images[list(chosen.validation)]))
     assert torch.equal(spy.task.validation.labels, labels[list(chosen.validation)])
     assert spy.task.seed == 3
+
+
+@pytest.mark.parametrize(("method", "times"), [(Spy(), 2), (MaskPrune(steps=1, cut="soft", finetune=False), 3)])
+def test_no_model_is_measured_twice(make_net, make_clean, monkeypatch, method, times):
+    measured, measure = [], RepairTask.measure
+    monkeypatch.setattr(RepairTask, "measure", lambda task: measured.append(task) or measure(task))
+    repair(make_net("vgg"), make_clean(30), trigger=PatchTrigger(target=1), method=method, force=True)
+    assert len(measured) == times  # as it was, with MaskPrune's masks, and what has become of it
 
 
 def test_two_images_per_class(make_net, make_clean):

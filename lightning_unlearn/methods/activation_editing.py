@@ -104,7 +104,7 @@ class ActivationGuidedEditing(RepairMethod):
             ValueError: if the logits do not come from a linear layer.
         """
         linear = _classifier(task)
-        floor = task.measure().acc - self.accuracy_drop - 1e-6  # accuracies come as float32
+        floor = task.held_before.acc - self.accuracy_drop - 1e-6  # accuracies come as float32
         self._edit_convolutions(task, floor)
         yield task.round("prune", task.validate())
         if self.triggered:  # clean images alone do not tell what else a feature could be

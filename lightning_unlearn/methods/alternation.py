@@ -101,7 +101,7 @@ class Alternation(RepairMethod):
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Repair and estimate in turn."""
         original = _Moment(task)
-        target, floor = task.trigger.target, task.measure().acc - self.accuracy_drop - 1e-6
+        target, floor = task.trigger.target, task.held_before.acc - self.accuracy_drop - 1e-6
         if not isinstance(target, int):
             raise ValueError(
                 f"trigger: estimates are of one class, but this trigger's target is {target!r}; repair with "

@@ -98,6 +98,9 @@ class RepairTask:
         auditor: how that was found.
         on_progress: what to call while a method estimates triggers.
         processes: those that repair this model together. Each has all pairs; measuring is always shared out.
+
+    Attributes:
+        held_before: the model as the method gets it, on all pairs held.
     """
 
     model: nn.Module
@@ -116,6 +119,10 @@ class RepairTask:
     processes: Processes = ALONE
     watch: Stopwatch = field(default_factory=Stopwatch)
     rounds: int = 0
+    held_before: Evaluation = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.held_before = self.measure()
 
     def validate(self) -> Evaluation:
         """Measure the model as it is now on the validation part."""

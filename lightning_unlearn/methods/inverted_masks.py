@@ -114,7 +114,7 @@ class InvertedMaskSelection(RepairMethod):
             ValueError: if the images are not floating-point, the loss does not depend on them or on the masks, or the
                 masks diverge.
         """
-        floor = task.measure().acc - self.accuracy_drop - 1e-6  # accuracies come as float32
+        floor = task.held_before.acc - self.accuracy_drop - 1e-6  # accuracies come as float32
         history = yield from self._learn(task)
         while len(history) > 1:
             with task.mask.scaled(history[-1]):

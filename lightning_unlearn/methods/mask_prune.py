@@ -144,7 +144,7 @@ class MaskPrune(RepairMethod):
 
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Learn the masks, cut, fine-tune where asked to."""
-        floor = task.measure().acc - self.accuracy_drop - 1e-6  # accuracies come as float32
+        floor = task.held_before.acc - self.accuracy_drop - 1e-6  # accuracies come as float32
         augment = self.augment and self.teacher == "victim" and self._bears_augmentation(task)
         masks = yield from self._learn(task, floor, augment=augment)
         self._cut(task, masks, floor, below=_NEARLY_OFF if augment else _HALF_OFF)
@@ -241,7 +241,7 @@ class MaskPrune(RepairMethod):
                 for pairs in part.batches(task.batch_size):
                     yield _flipped_and_shifted(task, pairs, generator)
 
-        before, now = task.measure(), evaluate(task.forward, flipped_and_shifted(), task.processes)
+        before, now = task.held_before, evaluate(task.forward, flipped_and_shifted(), task.processes)
         drop = 2 * self.accuracy_drop + 1e-6  # by chance alone, a few images can cost α
         return now.acc >= before.acc - drop and not now.asr < before.asr - drop  # ASR is NaN where all are the target's
 
