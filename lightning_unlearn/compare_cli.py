@@ -52,10 +52,10 @@ class _CompareCLI(CheckpointCLI):
         )
 
     def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
         if not self.config["output_dir"]:
             raise ValueError("output-dir: none is given; name a new folder, which the comparison is written to.")
         self.folder = Folder(self.config["output_dir"]).local()
-        super().before_instantiate_classes()
 
 
 def compare(args: Sequence[str]) -> Comparison:

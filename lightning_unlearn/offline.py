@@ -48,19 +48,27 @@ class CheckpointCLI(LightningCLI):
         parser.add_argument(
             "--ckpt_path", type=str, required=True, help="Finished checkpoint to repair; it is only read."
         )
-        parser.add_argument("--output_dir", type=str, default=None, help="New or empty folder for what is written.")
+        parser.add_argument(
+            "--output_dir",
+            type=str,
+            default=None,
+            help="New or empty folder for what is written; by default unlearning.output_dir.",
+        )
         parser.add_lightning_class_args(BackdoorUnlearning, "unlearning")
 
     def before_instantiate_classes(self) -> None:
         """Refuse an output folder that cannot be used before anything is made, and send logs there, too.
 
+        Where the command is told none, it is the callback's.
+
         Raises:
             FileExistsError: if it holds anything.
             OSError: if nothing can be written to it.
         """
-        output_dir = self.config["output_dir"]
+        output_dir = self.config["output_dir"] or self.config["unlearning"]["output_dir"]
         if not output_dir:
             return
+        self.config["output_dir"] = output_dir
         if getattr(rank_zero_only, "rank", 0) == 0:  # a second process starts when the first has written there
             folder = Folder(output_dir)
             folder.refuse_used()

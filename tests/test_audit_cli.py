@@ -341,30 +341,38 @@ def by_yaml(name: str) -> list[str]:
     return []
 
 
-EITHER = pytest.mark.parametrize("name", [by_option, by_yaml])
+def by_callback(name: str) -> list[str]:
+    return [f"--unlearning.output_dir={name}"]
 
 
-@EITHER
+def never_made(self: HandNet, channels: int = 1) -> None:
+    pytest.fail("the model was made, which may take long, before the folder was looked at")
+
+
+ANYHOW = pytest.mark.parametrize("name", [by_option, by_yaml, by_callback])
+
+
+@ANYHOW
 @pytest.mark.parametrize("command", ["audit", "repair", "compare"])
 def test_a_used_folder_is_refused(folder, monkeypatch, name, command):
     used = folder / "used"
     used.mkdir()
     (used / "notes.txt").write_text("mine")
-    monkeypatch.setattr(HandNet, "__init__", None)  # before anything is made
+    monkeypatch.setattr(HandNet, "__init__", never_made)
     left = code(monkeypatch, *name("used"), command=command)
     assert left == "lightning-unlearn: output-dir: 'used' exists and is not an empty folder; name a new one."
     assert files(used) == ["notes.txt"]
 
 
-@EITHER
+@ANYHOW
 @pytest.mark.parametrize("command", ["audit", "repair", "compare"])
 def test_a_folder_that_cannot_be_is_refused(folder, monkeypatch, name, command):
-    monkeypatch.setattr(HandNet, "__init__", None)
+    monkeypatch.setattr(HandNet, "__init__", never_made)
     left = code(monkeypatch, *name("clean.ckpt/new"), command=command)
     assert left.startswith("lightning-unlearn: output_dir: nothing can be written to 'clean.ckpt/new'")
 
 
-@EITHER
+@ANYHOW
 @pytest.mark.parametrize(("command", "written"), [("audit", "audit.json"), ("repair", "report.json")])
 def test_everything_goes_into_the_folder(folder, name, command, written):
     write("audit.yaml", trainer=QUIET | {"logger": True})
