@@ -227,7 +227,7 @@ class BackdoorUnlearning(Callback):
             estimates=self.trigger is None,
         )
         training = CombinedLoader(trainer.train_dataloader).flattened  # there may be several
-        layers = rehearsal.run(self.clean_data, lambda: self.clean_images(pl_module), training)
+        layers = rehearsal.run(lambda: self.clean_images(pl_module), training)
         if self._mask is not None:
             self._held = FilterMask(layers)
             self._held.load_state_dict(self._mask)

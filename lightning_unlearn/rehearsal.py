@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_unlearn.data.clean import CleanImages, as_taken
-from lightning_unlearn.data.labels import is_unlabelled
 from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.data.unlabelled import first_image
 from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.filters import FilterLayer, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.repair import refuse_missing_classes
-from lightning_unlearn.triggers import Normalization, Trigger, find_normalization
+from lightning_unlearn.triggers import Normalization, Trigger
 from lightning_unlearn.triggers.normalization import in_pixels
 
 __all__ = ["Rehearsal"]
@@ -41,12 +38,11 @@ class Rehearsal:
     trigger: Trigger | None
     estimates: bool
 
-    def run(self, data: object, draw: Callable[[], CleanImages], training: Iterable[object]) -> tuple[FilterLayer, ...]:
+    def run(self, draw: Callable[[], CleanImages], training: Iterable[object]) -> tuple[FilterLayer, ...]:
         """Try all that, and find the model's filters.
 
         Args:
-            data: the clean data as it was given.
-            draw: how to draw from it.
+            draw: how to draw clean images.
             training: the loaders that train.
 
         Returns:
@@ -57,12 +53,12 @@ class Rehearsal:
             ValueError: if images, labels, trigger and model do not fit.
         """
         with intact(self.module):
-            unlabelled = _unlabelled(data)
-            if unlabelled is None:
-                return self._labelled(draw(), training)
+            clean = draw()
+            image = clean.sample
+            if image is None:
+                return self._labelled(clean, training)
             # An untrained model's answers are no labels to draw by, so that only one image can be tried now.
-            image = first_image(unlabelled).to(self.module.device)
-            self._refuse_unknown_range(image, find_normalization(unlabelled))
+            self._refuse_unknown_range(image, clean.normalization)
             return self._try(image)[0]
 
     def _labelled(self, clean: CleanImages, training: Iterable[object]) -> tuple[FilterLayer, ...]:
@@ -103,9 +99,3 @@ class Rehearsal:
             ) from error
         with torch.no_grad():
             return layers, logits_of(self.logits, images).shape[1]
-
-
-def _unlabelled(data: object) -> Dataset[Any] | None:
-    """The dataset, if it is one of images alone."""
-    dataset = data.dataset if isinstance(data, DataLoader) else data
-    return dataset if isinstance(dataset, Dataset) and is_unlabelled(dataset) else None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import lightning.pytorch as L  # noqa: N812 - the usual name
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_unlearn import BackdoorUnlearning, HoldoutDataModule
 from lightning_unlearn import session as session_module
@@ -112,6 +113,36 @@ def test_images_alone_do_for_a_repair(setting):
     assert backdoor_is_gone(model)
     assert (callback.report.labels, callback.report.suspected_target) == ("predicted", 0)
     assert written(setting)["labels"] == "predicted"
+
+
+class Alone(L.LightningDataModule):
+    """Images without labels."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.images = images
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(self.images), batch_size=8)
+
+
+def test_images_alone_of_a_datamodule_are_drawn_by_the_trained_model(setting):
+    """Before, all are of one class to it, so that none could be drawn of the others."""
+    data, model = Alone(setting.victim.clean.tensors[0][30:]), setting.model()
+    trained = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    class Trains(L.Callback):
+        def setup(self, trainer, pl_module, stage):
+            for weight in pl_module.parameters():
+                weight.data.zero_()
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            pl_module.load_state_dict(trained)
+
+    callback = setting.callback(**UNKNOWN | {"clean_data": data})
+    setting.trainer(Trains(), callback).fit(model, setting.loader())
+    assert backdoor_is_gone(model)
+    assert callback.report.labels == "predicted"
 
 
 def test_images_alone_are_tried_before_training(setting):

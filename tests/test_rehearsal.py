@@ -29,7 +29,7 @@ def rehearse(hand_victim) -> Callable[..., tuple[FilterLayer, ...]]:
         rehearsal = Rehearsal(
             module=module, logits=module, trigger=hand_victim.trigger if known else None, estimates=not known
         )
-        return rehearsal.run(data, lambda: CleanImages(data, module, samples_per_class=4), [])
+        return rehearsal.run(lambda: CleanImages(data, module, logits=module, samples_per_class=4), [])
 
     return run
 

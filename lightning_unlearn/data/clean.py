@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from lightning_unlearn.data.holdout_datamodule import HoldoutDataModule
 from lightning_unlearn.data.labels import is_unlabelled, item_parts, overlap
 from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.data.unlabelled import PredictedLabels
+from lightning_unlearn.data.unlabelled import PredictedLabels, first_image
 from lightning_unlearn.intact import intact
 from lightning_unlearn.processes import ALONE, Processes
 from lightning_unlearn.triggers import Normalization, Trigger, find_normalization
@@ -68,28 +69,44 @@ class CleanImages:
         self._trainer = trainer or (attached if isinstance(attached, Trainer) else None)
         self._hooks: DataHooks = data if isinstance(data, LightningDataModule) else module
         self._collate: Any = None
-        self.labels: Literal["given", "predicted"] = "given"
-        test_loader: DataLoader[Any] | None = None
+        self._unlabelled: Dataset[Any] | None = None
         if isinstance(data, HoldoutDataModule):
             self.holdout = data
-        else:
-            pool, test_loader = self._open(data)
-            if logits is not None and is_unlabelled(pool):
-                self.labels = "predicted"
-                self._collate = None  # what made batches of images alone
-                pool = PredictedLabels(pool, lambda images: self._predicted(images, logits))
-            self.holdout = HoldoutDataModule(
-                pool,
-                samples_per_class=samples_per_class,
-                share=1.0 if samples_per_class is None else None,
-                validation_share=validation_share,
-                seed=seed,
-                test_dataset=None if test_loader is None else test_loader.dataset,
-                skip_missing=skip_missing,
-            )
-        if test_loader is None and self.holdout.test is not None:
-            test_loader = self.holdout.test_dataloader()
-        self._test_loader = test_loader
+            self._test_loader = None if data.test is None else data.test_dataloader()
+            return
+        pool, self._test_loader = self._open(data)
+        drawn_from = partial(
+            HoldoutDataModule,
+            samples_per_class=samples_per_class,
+            share=1.0 if samples_per_class is None else None,
+            validation_share=validation_share,
+            seed=seed,
+            test_dataset=None if self._test_loader is None else self._test_loader.dataset,
+            skip_missing=skip_missing,
+        )
+        if logits is None or not is_unlabelled(pool):
+            self.holdout = drawn_from(pool)
+            return
+        self._unlabelled = pool
+        self._collate = None  # what made batches of images alone
+        self._draw: Callable[[], HoldoutDataModule] = lambda: drawn_from(
+            PredictedLabels(pool, lambda images: self._predicted(images, logits))
+        )
+
+    @property
+    def labels(self) -> Literal["given", "predicted"]:
+        """Where labels come from."""
+        return "given" if self._unlabelled is None else "predicted"
+
+    @cached_property
+    def holdout(self) -> HoldoutDataModule:
+        """The draw; of images alone it is by what the model answers when it is first asked for."""
+        return self._draw()
+
+    @property
+    def sample(self) -> Tensor | None:
+        """Where there are no labels, one image that needs no draw, as a batch on the module's device; else None."""
+        return None if self._unlabelled is None else first_image(self._unlabelled).to(self.module.device)
 
     def _open(
         self, data: LightningDataModule | Dataset[Any] | DataLoader[Any]
@@ -161,7 +178,7 @@ class CleanImages:
     @property
     def normalization(self) -> Normalization | None:
         """The images' normalisation, if the dataset tells it."""
-        return find_normalization(self.holdout.scoring)
+        return find_normalization(self.holdout.scoring if self._unlabelled is None else self._unlabelled)
 
     def fit_trigger(self, trigger: Trigger) -> Trigger:
         """The trigger, told these images' normalisation if it was told none and the dataset has one."""
