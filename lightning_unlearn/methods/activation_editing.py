@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
-from lightning_unlearn.evaluation import Evaluation, logits_of
+from lightning_unlearn.evaluation import Evaluation
 from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.filters.layer import FilterLayer
 from lightning_unlearn.methods.affine import find_gammas
@@ -187,7 +187,7 @@ class ActivationGuidedEditing(RepairMethod):
 
         def step(chosen: Tensor) -> None:
             pairs = task.scoring[chosen]
-            loss = F.cross_entropy(logits_of(task.forward, pairs.clean), pairs.labels)
+            loss = F.cross_entropy(task.logits(pairs.clean), pairs.labels)
             for parameter, gradient in zip(parameters, gradients(loss, parameters), strict=True):
                 parameter.grad = gradient
             optimizer.step()
@@ -266,7 +266,7 @@ def _watch(task: RepairTask, hooks: Mapping[nn.Module, _Hook], *, triggered: boo
         for module, hook in hooks.items():
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         for pairs in task.scoring.batches(task.batch_size):
-            logits_of(task.forward, pairs.triggered if triggered else pairs.clean)
+            task.logits(pairs.triggered if triggered else pairs.clean)
 
 
 def _gap(clean: list[Tensor], triggered: list[Tensor]) -> Tensor:
@@ -284,7 +284,7 @@ def _classifier(task: RepairTask) -> nn.Linear:
     with torch.no_grad(), ExitStack() as stack:
         for module in linears:
             stack.callback(module.register_forward_hook(lambda module, *_: ran.append(module)).remove)
-        logits_of(task.forward, task.scoring.clean[:1])
+        task.logits(task.scoring.clean[:1])
     last = ran[-1] if ran else None
     if not isinstance(last, nn.Linear) or last.out_features != classes or "weight" not in last._parameters:
         raise ValueError(

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.methods.affine import gradient_of, refuse_without_gammas, scaled_affine
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.threshold import prune_below_threshold
@@ -126,7 +125,7 @@ class AdversarialNeuronPruning(RepairMethod):
         def gradient(by: Tensor, noise: Tensor | None = None) -> Tensor:
             gammas, betas = (masks, None) if noise is None else (masks + noise[0], 1 + noise[1])
             with scaled_affine(task.mask, gammas, betas):
-                return gradient_of(F.cross_entropy(logits_of(task.forward, pairs.clean), pairs.labels), by)
+                return gradient_of(F.cross_entropy(task.logits(pairs.clean), pairs.labels), by)
 
         noise = self._start(task, generator).requires_grad_()
         rising = gradient(noise, noise).sign()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
-from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.fine_tuning import FineTuning
 from lightning_unlearn.methods.snapshot import Snapshot
@@ -103,7 +102,7 @@ class NeuralAttentionDistillation(RepairMethod):
         def step(chosen: Tensor) -> None:
             optimizer.zero_grad()
             with _watched(places) as maps:
-                logits = logits_of(task.forward, task.scoring.clean[chosen])
+                logits = task.logits(task.scoring.clean[chosen])
             loss = F.cross_entropy(logits, task.scoring.labels[chosen])
             for beta, given, taught in zip(betas, maps(), wanted, strict=True):
                 loss = loss + beta * F.mse_loss(given, taught[chosen])
@@ -141,7 +140,7 @@ def _find_places(task: RepairTask, most: int) -> tuple[_Place, ...]:
 
     handles = [layer.convolution.register_forward_hook(note) for layer in task.mask.layers]
     try:
-        logits_of(task.forward, task.scoring.clean[:1])
+        task.logits(task.scoring.clean[:1])
     finally:
         for handle in handles:
             handle.remove()
@@ -187,6 +186,6 @@ def _teach(task: RepairTask, places: Sequence[_Place]) -> list[Tensor]:
     batches = []
     for pairs in task.scoring.batches(task.batch_size):
         with _watched(places) as maps:
-            logits_of(task.forward, pairs.clean)
+            task.logits(pairs.clean)
         batches.append(maps())
     return [torch.cat(parts) for parts in zip(*batches, strict=True)]

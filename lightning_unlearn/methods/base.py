@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.auditor import Auditor, Progress
 from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.evaluation import Evaluation, evaluate
+from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
 from lightning_unlearn.filters import FilterId, FilterMask
 from lightning_unlearn.processes import ALONE, Processes
 from lightning_unlearn.triggers import Trigger
@@ -85,7 +86,7 @@ class RepairTask:
 
     Args:
         model: the module whose parameters a method may change.
-        forward: images to (N, C) logits, through the model; call it by ``logits_of``, since it may write into images.
+        forward: images to (N, C) logits, through the model, which may write into the images; call :meth:`logits`.
         mask: the model's filters; methods prune through it so that every change can be undone.
         scoring: pairs that a method may learn from, on the model's device.
         validation: pairs that decide when to stop and which round to keep, on the model's device.
@@ -98,9 +99,6 @@ class RepairTask:
         auditor: how that was found.
         on_progress: what to call while a method estimates triggers.
         processes: those that repair this model together. Each has all pairs; measuring is always shared out.
-
-    Attributes:
-        held_before: the model as the method gets it, on all pairs held.
     """
 
     model: nn.Module
@@ -119,10 +117,19 @@ class RepairTask:
     processes: Processes = ALONE
     watch: Stopwatch = field(default_factory=Stopwatch)
     rounds: int = 0
-    held_before: Evaluation = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.held_before = self.measure()
+    @cached_property
+    def held_before(self) -> Evaluation:
+        """The model as the method gets it, on all pairs held; measured when first asked for, before any change."""
+        return self.measure()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(N, C) float32 logits of (N, C, H, W) images, which stay as they are whatever the model does with its input.
+
+        Raises:
+            ValueError: if the model returns anything else.
+        """
+        return logits_of(self.forward, images)
 
     def validate(self) -> Evaluation:
         """Measure the model as it is now on the validation part."""
@@ -174,6 +181,32 @@ class RepairMethod(ABC):
 
     Attributes:
         needs_trigger: whether it learns from triggered images; a method that does not sees clean images alone.
+
+    Example:
+        A defence of one's own, which can be compared with all others, and named in YAML by its ``class_path``:
+
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from torch.utils.data import TensorDataset
+        >>> from lightning_unlearn import repair
+        >>> from lightning_unlearn.methods import RepairMethod
+        >>> from lightning_unlearn.triggers import PatchTrigger
+        >>> class Relabel(RepairMethod):
+        ...     needs_trigger = True
+        ...
+        ...     def repair(self, task):
+        ...         optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
+        ...         for epoch in range(2):
+        ...             loss = F.cross_entropy(task.logits(task.scoring.triggered), task.scoring.labels)
+        ...             optimizer.zero_grad()
+        ...             loss.backward()
+        ...             optimizer.step()
+        ...             yield task.round("finetune", task.validate())
+        >>> layers = torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 2)
+        >>> clean = TensorDataset(torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
+        >>> done = repair(torch.nn.Sequential(*layers), clean, trigger=PatchTrigger(), method=Relabel(), force=True)
+        >>> done.method, len(done.rounds)
+        ('Relabel', 2)
     """
 
     needs_trigger: bool = False

@@ -12,7 +12,6 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 from torch.nn.utils import parametrize
 
 from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.fine_tuning import FineTuning
 
@@ -146,7 +145,7 @@ def _find_classifier(task: RepairTask) -> nn.Linear:
     linears = {id(module): name for name, module in task.model.named_modules() if isinstance(module, nn.Linear)}
     modules = [module for module in task.model.modules() if isinstance(module, nn.Linear)]
     with _hooked(modules, lambda *call: ran.append(call)):
-        logits = logits_of(task.forward, task.scoring.clean[:2])
+        logits = task.logits(task.scoring.clean[:2])
     instead = "MaskPrune, GradPrune and FineTuning work without."
     if not ran:
         raise ValueError(
@@ -188,7 +187,7 @@ def _watch(task: RepairTask, linear: nn.Linear, pairs: Pairs) -> _Seen:
     for batch in pairs.batches(task.batch_size):
         named: list[Tensor] = []
         with _hooked([linear], note):
-            logits = logits_of(task.forward, batch.clean)
+            logits = task.logits(batch.clean)
         agree.append((named[0] == logits.argmax(1)).all())
     if not torch.stack(agree).all():
         raise ValueError(

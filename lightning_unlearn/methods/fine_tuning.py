@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.evaluation import Evaluation, logits_of
+from lightning_unlearn.evaluation import Evaluation
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, Teacher, check_range
 from lightning_unlearn.methods.training import Norms, train_epochs
 
@@ -112,7 +112,7 @@ class FineTuning(RepairMethod):
         if self.triggered:
             images, wanted = torch.cat([images, pairs.triggered]), wanted.repeat(2, 1)
         # For one-hot answers, the labels, the divergence is the cross-entropy.
-        return F.kl_div(logits_of(task.forward, images).log_softmax(1), wanted, reduction="batchmean")
+        return F.kl_div(task.logits(images).log_softmax(1), wanted, reduction="batchmean")
 
     def _loss(self, now: Evaluation) -> float:
         return now.loss + now.unlearning_loss if self.triggered else now.loss

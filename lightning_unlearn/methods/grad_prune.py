@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.filters import FilterId, Score, score_filters
 from lightning_unlearn.filters.scores import SCORES
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
@@ -170,7 +169,7 @@ class GradPrune(RepairMethod):
         for number, candidate in enumerate(candidates if len(mine) else ()):
             task.mask.prune([candidate])
             with torch.no_grad():
-                clean, triggered = logits_of(task.forward, torch.cat([mine.clean, mine.triggered])).chunk(2)
+                clean, triggered = task.logits(torch.cat([mine.clean, mine.triggered])).chunk(2)
                 loss = F.cross_entropy(triggered, mine.labels)
                 losses[number] = loss + self.clean_weight * F.cross_entropy(clean, mine.labels)
             task.mask.undo()
@@ -195,5 +194,5 @@ def _losses(task: RepairTask, *, triggered: bool) -> Iterator[Tensor]:
     With several processes these are the batches of this one.
     """
     for pairs in task.scoring[task.processes.share(len(task.scoring))].batches(task.batch_size):
-        logits = logits_of(task.forward, pairs.triggered if triggered else pairs.clean)
+        logits = task.logits(pairs.triggered if triggered else pairs.clean)
         yield F.cross_entropy(logits, pairs.labels, reduction="sum") / len(task.scoring)

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.second_derivative import TwiceDifferentiable, refuse_once
@@ -289,7 +288,7 @@ def slope_of(loss: Tensor, delta: Tensor, vector: Tensor | None = None, *, graph
 
 def _loss(task: RepairTask, pairs: Pairs, unit: Tensor, delta: Tensor) -> Tensor:
     with TwiceDifferentiable():
-        return F.cross_entropy(logits_of(task.forward, pairs.clean + unit * delta), pairs.labels)
+        return F.cross_entropy(task.logits(pairs.clean + unit * delta), pairs.labels)
 
 
 def _norm(tensor: Tensor) -> Tensor:

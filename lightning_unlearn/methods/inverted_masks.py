@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
-from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.implicit_unlearning import PixelRange
@@ -172,11 +171,11 @@ class InvertedMaskSelection(RepairMethod):
         """Of what a step lowers."""
         shown = [images] if perturbed is None else [images, perturbed]
         with task.mask.scaled(masks):
-            masked = logits_of(task.forward, torch.cat(shown))
+            masked = task.logits(torch.cat(shown))
             agreement = len(shown) * _disagreement(masked, answers.repeat(len(shown), 1))
             found = gradients(agreement, [masks])
         with task.mask.scaled(1 - masks):
-            inverse = logits_of(task.forward, images)
+            inverse = task.logits(images)
             found += gradients(anything_but(inverse, answers.argmax(1)).mean(), [masks])
         known = [gradient for gradient in found if gradient is not None]
         if not known:

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.data.augmentation import flip_and_shift
 from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
+from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, Teacher, check_range
 from lightning_unlearn.methods.fine_tuning import FineTuning
@@ -222,7 +222,7 @@ class MaskPrune(RepairMethod):
     ) -> tuple[Tensor, Tensor]:
         """λ·D(x) + D(T(x)) − ω·log(1 − p_target(T(x))), and the share of triggered images answered as wanted."""
         scale = self.temperature if self.teacher == "victim" else 1.0
-        logits = logits_of(task.forward, torch.cat([pairs.clean, pairs.triggered]))
+        logits = task.logits(torch.cat([pairs.clean, pairs.triggered]))
         # For one-hot answers the divergence is the cross-entropy.
         clean, triggered = (
             F.kl_div(part.log_softmax(1), wanted, reduction="batchmean") for part in (logits / scale).chunk(2)
@@ -259,7 +259,7 @@ class MaskPrune(RepairMethod):
                     with torch.no_grad(), task.watch.measure("score"):
                         pairs = _flipped_and_shifted(task, task.scoring[chosen], generator)
                         if len(pairs):
-                            wanted = logits_of(task.forward, pairs.clean).softmax(1)
+                            wanted = task.logits(pairs.clean).softmax(1)
                 yield pairs, self._softened(wanted), len(mine) / len(chosen)
                 left -= 1
                 if not left:

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.methods.affine import gradient_of, refuse_without_gammas, scaled_affine
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.snapshot import Snapshot
@@ -151,7 +150,7 @@ class ReconstructiveNeuronPruning(RepairMethod):
 
 
 def _cross_entropy(task: RepairTask, pairs: Pairs) -> Tensor:
-    return F.cross_entropy(logits_of(task.forward, pairs.clean), pairs.labels)
+    return F.cross_entropy(task.logits(pairs.clean), pairs.labels)
 
 
 @contextmanager

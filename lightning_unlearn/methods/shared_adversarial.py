@@ -128,7 +128,7 @@ class SharedAdversarialUnlearning(RepairMethod):
             with _in_eval_mode(task.model):
                 perturbed = self._attack(task, original, pairs, pixels)
                 with original.put_back(), torch.no_grad():
-                    answers = logits_of(task.forward, perturbed).argmax(1)
+                    answers = task.logits(perturbed).argmax(1)
             optimizer.zero_grad()
             self._loss(task, pairs, perturbed, answers).backward()  # type: ignore[no-untyped-call]  # torch's is untyped
             optimizer.step()
@@ -159,7 +159,7 @@ class SharedAdversarialUnlearning(RepairMethod):
 
     def _loss(self, task: RepairTask, pairs: Pairs, perturbed: Tensor, answers: Tensor) -> Tensor:
         """What a step lowers; ``answers`` are the classes, (B,), that the original gives the perturbed images."""
-        clean, logits = logits_of(task.forward, torch.cat([pairs.clean, perturbed])).chunk(2)
+        clean, logits = task.logits(torch.cat([pairs.clean, perturbed])).chunk(2)
         shared = (logits.argmax(1) == answers) & (answers != pairs.labels)
         risk = anything_but(logits, answers).masked_fill(~shared, 0).mean()
         return self.clean_weight * F.cross_entropy(clean, pairs.labels) + self.unlearning_weight * risk

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
-from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.snapshot import Snapshot
 from lightning_unlearn.methods.training import train_epochs
@@ -85,7 +84,7 @@ class SharpnessAwareFineTuning(RepairMethod):
         def descend(chosen: Tensor) -> None:
             optimizer.zero_grad()
             images, labels = task.scoring.clean[chosen], task.scoring.labels[chosen]
-            logits = logits_of(task.forward, images)
+            logits = task.logits(images)
             F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing).backward()  # type: ignore[no-untyped-call]  # torch's is untyped
 
         def step(chosen: Tensor) -> None:

@@ -53,6 +53,17 @@ def test_rounds_are_counted_through_all_stages(task):
         first.val_acc = 1.0
 
 
+def test_logits_leave_the_images_as_they_are(task):
+    images = task.scoring.clean[:3].clone()
+    expected = task.model(images).float()
+    task.forward = lambda taken: task.model(taken.mul_(2).div_(2)) + 0 * taken.zero_().sum()
+    assert torch.equal(task.logits(images), expected)
+    assert torch.equal(images, task.scoring.clean[:3])
+    task.forward = lambda taken: task.model(taken).argmax(1)
+    with pytest.raises(ValueError, match=r"model: expected logits of shape \(3, classes\)"):
+        task.logits(images)
+
+
 def test_validate_is_of_the_validation_part(task):
     assert task.validate() == evaluate(task.model, [task.validation]) == task.before
     task.mask.prune([("4", 0), ("4", 1)])
