@@ -11,7 +11,7 @@ from lightning_unlearn import methods
 from lightning_unlearn.methods import RepairMethod
 from lightning_unlearn.roster import SHORTENED
 
-__all__ = ["FINE_TUNED", "METHODS", "SHOWN", "VICTIMS", "Cell", "cells"]
+__all__ = ["METHODS", "SHOWN", "VICTIMS", "Cell", "cells"]
 
 Arguments = dict[str, Any]
 
@@ -55,9 +55,6 @@ def _arguments(method: str, samples_per_class: int) -> Arguments:
 
 
 SHOWN = {(kind, repr(_arguments(name, samples))): name for samples in (10, 100) for name, (kind, _) in METHODS.items()}
-# What `Alternation` did by default at first, some of whose results are kept.
-FINE_TUNED = {"method": "MaskPrune(target_weight=0.0, accuracy_drop=0.04, finetune=True)"}
-SHOWN["Alternation", repr(FINE_TUNED)] = "Alternation, fine-tuned"
 
 
 # Passes over the training images. The first two victims were trained for one less than the rest; the rounding of BPP is
