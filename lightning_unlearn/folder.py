@@ -32,7 +32,7 @@ class Folder:
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
-        self.url = os.fspath(url)
+        self.url = os.path.expanduser(os.fspath(url))  # as fsspec does; what reads a path later may not
         self.fs = url_to_fs(self.url)[0]
 
     def path(self, name: str) -> str:

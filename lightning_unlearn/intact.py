@@ -72,8 +72,14 @@ def _same_draws(devices: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def _exact(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Compute on the tensors' devices in the type that they have, whatever ``torch.autocast`` was told outside."""
+    """Compute on the tensors' devices in the type that they have, new ones in float32, whatever a precision says.
+
+    Lightning's precisions tell ``torch.autocast``, or with ``"64-true"`` and the like ``torch.set_default_dtype``.
+    """
+    default = torch.get_default_dtype()
     with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, default)
+        torch.set_default_dtype(torch.float32)
         for device in sorted({tensor.device.type for tensor in tensors}):
             if torch.amp.is_autocast_available(device):
                 stack.enter_context(torch.autocast(device, enabled=False))

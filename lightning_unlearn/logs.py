@@ -43,7 +43,7 @@ def log_report(trainer: Trainer, report: Report) -> None:
         if report.estimated_asr is not None:
             values[f"unlearn/estimated_asr_{when}"] = report.estimated_asr[when]
     values = {name: value for name, value in values.items() if not math.isnan(value)}
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+    trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()})
     _log(trainer, values, trainer.global_step + len(report.rounds))
 
 
@@ -61,7 +61,7 @@ def log_pictures(trainer: Trainer, pairs: Pairs, trigger: Trigger, name: str = "
     clean, triggered = (
         convert_image_dtype(images[:8].detach().cpu(), torch.float32) for images in (pairs.clean, pairs.triggered)
     )
-    if trigger.normalization is not None:
+    if trigger.normalization is not None and pairs.clean.is_floating_point():
         clean, triggered = trigger.normalization.invert(clean), trigger.normalization.invert(triggered)
     pictures = {"clean": clean, name.replace("trigger", "triggered"): triggered, name: ((triggered - clean) + 1) / 2}
     for logger in trainer.loggers:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.data.clean import CleanImages, as_taken
+from lightning_unlearn.data.drawn import images_of
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.filters import FilterLayer, find_filters
@@ -64,7 +65,7 @@ class Rehearsal:
     def _labelled(self, clean: CleanImages, training: Iterable[object]) -> tuple[FilterLayer, ...]:
         for loader in training:
             if isinstance(loader, DataLoader):
-                clean.refuse_training_images(loader.dataset)
+                clean.refuse_training_images(images_of(loader))
         parts = clean.scoring(), clean.validation()
         for images, _ in parts:
             self._refuse_unknown_range(images, clean.normalization)

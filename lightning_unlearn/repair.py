@@ -318,7 +318,7 @@ def _answers(
     forward: Callable[[Tensor], Tensor], pairs: Pairs, batch_size: int, processes: Processes, *, classes: int
 ) -> Tensor:
     share = processes.share(len(pairs))
-    answers = torch.zeros(len(pairs), classes, device=pairs.labels.device)
+    answers = torch.zeros(len(pairs), classes, device=pairs.labels.device, dtype=torch.float32)
     parts = [logits_of(forward, batch.clean).softmax(1) for batch in pairs[share].batches(batch_size)]
     answers[share] = torch.cat([answers[:0], *parts])
     processes.sum([answers])  # to the zeros of the other processes

@@ -446,3 +446,12 @@ def test_repair_measures_with_the_evaluation_trigger_of_the_configuration(folder
         {"acc": 1.0, "asr": 0.0, "ra": 1.0},
     )
     assert report.trigger == "unknown"
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_precisions_that_set_the_default_type(folder, precision):
+    """Lightning sets it around what a command does."""
+    plain = audit("--output-dir", "plain")
+    found = audit("--output-dir", "new", f"--trainer.precision={precision}")
+    assert (found.verdict, found.suspected_target) == (plain.verdict, plain.suspected_target) == ("backdoored", 0)
+    assert torch.get_default_dtype() == torch.float32

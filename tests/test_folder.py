@@ -103,3 +103,9 @@ def test_where_nothing_can_be_written_elsewhere(monkeypatch):
     monkeypatch.setattr(type(folder.fs), "pipe_file", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(OSError, match=r"output_dir: nothing can be written to 'memory://bucket/run' \(ZeroDivision"):
         folder.refuse_unwritable()
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Folder("~/new").local() == tmp_path / "new"
+    assert Folder("~/new").path("a") == str(tmp_path / "new" / "a")

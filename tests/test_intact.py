@@ -265,3 +265,16 @@ def test_a_buffer_whose_numbers_are_one_hides_no_exception():
     with pytest.raises(KeyError, match="the true error"):
         fail()
     assert torch.equal(net.mean, torch.full((1, 3, 4), 0.5))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_new_tensors_are_float32_whatever_lightnings_precision_says(fails):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(KeyError) if fails else contextlib.nullcontext(), intact(nn.Linear(2, 2)):
+            assert torch.ones(1).dtype == torch.float32
+            if fails:
+                raise KeyError
+        assert torch.ones(1).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -229,6 +229,16 @@ def test_loggers_without_pictures_get_none(tmp_path):
     assert logger.told == []
 
 
+def test_pictures_of_bytes_are_pixels_as_they_are(tmp_path):
+    """To a trigger bytes are pixels always, whatever normalisation it was told for other images."""
+    logger, trigger = TensorBoardLogger(tmp_path), PatchTrigger(mean=[0.5], std=[0.2])
+    grey = torch.full((1, 1, 8, 8), 128, dtype=torch.uint8)
+    log_pictures(quiet_trainer(logger), Pairs.stamp(grey, torch.ones(1).long(), trigger, num_classes=2), trigger)
+    logger.experiment.flush()
+    assert 128 in pixels(events(logger.log_dir), "unlearn/clean")
+    assert 255 in pixels(events(logger.log_dir), "unlearn/triggered")
+
+
 # An unknown trigger
 
 

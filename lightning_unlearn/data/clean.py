@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
+from lightning_unlearn.data.drawn import images_of
 from lightning_unlearn.data.holdout_datamodule import HoldoutDataModule
 from lightning_unlearn.data.labels import is_unlabelled, item_parts, overlap
 from lightning_unlearn.data.pairs import Pairs
@@ -81,7 +82,7 @@ class CleanImages:
             share=1.0 if samples_per_class is None else None,
             validation_share=validation_share,
             seed=seed,
-            test_dataset=None if self._test_loader is None else self._test_loader.dataset,
+            test_dataset=None if self._test_loader is None else images_of(self._test_loader),
             skip_missing=skip_missing,
         )
         if logits is None or not is_unlabelled(pool):
@@ -129,7 +130,7 @@ class CleanImages:
             data = pool
         if isinstance(data, DataLoader):
             self._collate = data.collate_fn
-            return data.dataset, test_loader
+            return images_of(data, "clean_data"), test_loader
         if isinstance(data, Dataset):
             return data, test_loader
         raise TypeError(

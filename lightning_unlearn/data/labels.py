@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard, runtime_c
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
+from torchvision.datasets import VisionDataset
 
 __all__ = ["AnyDataset", "HasOrigins", "is_unlabelled", "item_parts", "labels_of", "overlap", "provenance"]
 
@@ -209,7 +210,9 @@ def _stored_labels(dataset: _MapStyle) -> Tensor | None:
         labels = _as_labels(values, len(dataset))
         if labels is not None:
             change = getattr(dataset, "target_transform", None)
-            return labels if change is None else torch.tensor([int(change(label)) for label in labels.tolist()])
+            if change is None:
+                return labels
+            return torch.tensor([_whole(change(label), index) for index, label in enumerate(labels.tolist())])
     return None
 
 
@@ -227,7 +230,10 @@ def _as_labels(values: object, count: int) -> Tensor | None:
 
 
 def _item_label(item: object, index: int) -> int:
-    label = item_parts(item)[1]
+    return _whole(item_parts(item)[1], index)
+
+
+def _whole(label: Any, index: int) -> int:
     try:
         return operator.index(label)
     except TypeError as error:
@@ -259,7 +265,11 @@ def _base(dataset: _MapStyle) -> Hashable:
     if isinstance(dataset, TensorDataset):
         return "tensor", id(dataset.tensors[0])
     # A user's subclass of a torchvision dataset reads the same files, so torchvision's own class counts.
-    kinds = [kind for kind in type(dataset).__mro__ if kind.__module__.startswith("torchvision.datasets.")]
+    kinds = [
+        kind
+        for kind in type(dataset).__mro__
+        if kind.__module__.startswith("torchvision.datasets.") and kind is not VisionDataset  # which reads nothing
+    ]
     root = getattr(dataset, "root", None)
     if kinds and isinstance(root, str | os.PathLike):
         parts = tuple(repr(getattr(dataset, name, None)) for name in _PART_ATTRIBUTES)

@@ -7,6 +7,8 @@ from typing import Any, Literal, TypeAlias, get_args
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 
+from lightning_unlearn.data.drawn import images_of
+
 __all__ = ["DataModulePart"]
 
 DataPart: TypeAlias = Literal["train", "validation", "test"]
@@ -59,4 +61,5 @@ class DataModulePart(Subset[Any]):
                 f"datamodule: {loaders[part].__name__}() must give one DataLoader, but {type(datamodule).__name__}'s "
                 f"gives a {type(loader).__name__}"
             )
-        super().__init__(loader.dataset, range(len(loader.dataset)))  # type: ignore[arg-type]  # Dataset has no __len__
+        images = images_of(loader, "datamodule")
+        super().__init__(images, range(len(images)))  # type: ignore[arg-type]  # Dataset has no __len__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from operator import index
 
 import torch
 
@@ -25,5 +26,6 @@ def seeded_generator(*key: int | str) -> torch.Generator:
         ...             torch.randperm(9, generator=seeded_generator(0, 1)))
         True
     """
-    digest = hashlib.sha256(repr(key).encode()).digest()
+    plain = tuple(part if isinstance(part, str) else index(part) for part in key)  # numpy's integers print otherwise
+    digest = hashlib.sha256(repr(plain).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

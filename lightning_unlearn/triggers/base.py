@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
+from operator import index
 from typing import ClassVar, Literal, TypeAlias
 
 import torch
@@ -60,7 +62,9 @@ class Trigger(nn.Module):
         self, *, target: Target = 0, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
     ) -> None:
         super().__init__()
-        # Not isinstance: True is no class index.
+        if not isinstance(target, str | bool):
+            with suppress(TypeError):
+                target = index(target)  # numpy's integers, too
         if target != "all_to_all" and (type(target) is not int or target < 0):
             raise ValueError(f"target must be a class index of 0 or more, or 'all_to_all', but is {target!r}")
         if (mean is None) != (std is None):

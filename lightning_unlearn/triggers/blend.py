@@ -84,7 +84,8 @@ class BlendTrigger(Trigger):
 
     def _sized(self, channels: int, height: int, width: int) -> Tensor:
         if self.pattern is None:
-            return torch.rand(channels, height, width, generator=torch.Generator().manual_seed(self.seed))
+            generator = torch.Generator().manual_seed(self.seed)
+            return torch.rand(channels, height, width, generator=generator, dtype=torch.float32)
         pattern = self.pattern.cpu().float()
         if len(pattern) == 3 and channels == 1:
             pattern = rgb_to_grayscale(pattern)
@@ -99,6 +100,8 @@ class BlendTrigger(Trigger):
 def _read(path: str | Path) -> Tensor:
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":  # which Pillow would clip to 255
+                raise ValueError(f"pattern: {str(path)!r} has more than 8 bits a channel; save it with 8.")
             pixels: Tensor = pil_to_tensor(image.convert("RGB"))
     except OSError as error:
         raise ValueError(
@@ -108,6 +111,8 @@ def _read(path: str | Path) -> Tensor:
 
 
 def _checked(pattern: Tensor) -> Tensor:
+    if not isinstance(pattern, Tensor):
+        raise TypeError(f"pattern must be a path or a tensor, but is a {type(pattern).__name__}; torch.as_tensor helps")
     if pattern.dim() == 2:
         pattern = pattern[None]
     if pattern.dim() != 3 or len(pattern) not in (1, 3) or pattern.numel() == 0:

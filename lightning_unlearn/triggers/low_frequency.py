@@ -56,7 +56,9 @@ class LowFrequencyTrigger(Trigger):
             raise ValueError(f"strength must be in (0, 1], but is {strength}")
         self.strength = strength
         self.seed = seed
-        weights = torch.randn(_FREQUENCIES, _FREQUENCIES, generator=torch.Generator().manual_seed(seed))
+        weights = torch.randn(
+            _FREQUENCIES, _FREQUENCIES, generator=torch.Generator().manual_seed(seed), dtype=torch.float32
+        )
         self.register_buffer("weights", weights)
 
     def stamp(self, pixels: Tensor) -> Tensor:
@@ -80,4 +82,4 @@ class LowFrequencyTrigger(Trigger):
 def _cosines(length: int) -> Tensor:
     """Gives the lowest cosines of the discrete cosine transform, (frequencies, length)."""
     positions = (torch.arange(length, dtype=torch.float32) + 0.5) / length
-    return torch.cos(math.pi * torch.arange(_FREQUENCIES)[:, None] * positions)
+    return torch.cos(math.pi * torch.arange(_FREQUENCIES, dtype=torch.float32)[:, None] * positions)

@@ -110,14 +110,18 @@ class PatchTrigger(Trigger):
 
 
 def _made(pattern: str, size: int, value: float, seed: int) -> Tensor:
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern must be a name or a tensor, but is a {type(pattern).__name__}; torch.as_tensor helps")
     if pattern == "solid":
-        return torch.full((1, size, size), value)
+        return torch.full((1, size, size), value, dtype=torch.float32)
     if pattern == "checkerboard":
         places = torch.arange(size)
         odd = (places[:, None] + places) % 2 == 1
-        return torch.where(odd, 1 - value, value)[None]
+        even = torch.full((size, size), value, dtype=torch.float32)
+        return torch.where(odd, 1 - even, even)[None]
     if pattern == "noise":
-        return torch.rand(1, size, size, generator=torch.Generator().manual_seed(seed)) * value
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(1, size, size, generator=generator, dtype=torch.float32) * value
     raise ValueError(f"pattern must be one of {', '.join(_PATTERNS)} or a tensor, but is {pattern!r}")
 
 

@@ -62,7 +62,8 @@ class WarpTrigger(Trigger):
             raise ValueError(f"grid must be at least 2, but is {grid}")
         self.strength = strength
         self.seed = seed
-        field = torch.rand(1, 2, grid, grid, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        generator = torch.Generator().manual_seed(seed)
+        field = torch.rand(1, 2, grid, grid, generator=generator, dtype=torch.float32) * 2 - 1
         self.register_buffer("field", field / field.abs().mean())
 
     def stamp(self, pixels: Tensor) -> Tensor:
@@ -72,7 +73,8 @@ class WarpTrigger(Trigger):
     def stamp_cross(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """Warps the pixels by a jittered field, another one for each image; see :meth:`Trigger.stamp_cross`."""
         images, _, height, width = pixels.shape
-        jitter = torch.rand(images, height, width, 2, generator=generator, device=generator.device) * 2 - 1
+        shape = images, height, width, 2
+        jitter = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32) * 2 - 1
         jitter = jitter.cpu() / torch.tensor([width, height])
         return _sample(pixels, (self._locations(height, width) + jitter).clamp(-1, 1))
 
@@ -85,8 +87,8 @@ class WarpTrigger(Trigger):
         field = functional.interpolate(
             self.field.cpu().float(), size=(height, width), mode="bicubic", align_corners=True
         ).permute(0, 2, 3, 1)
-        rows = torch.linspace(-1, 1, height)[:, None].expand(height, width)
-        columns = torch.linspace(-1, 1, width).expand(height, width)
+        rows = torch.linspace(-1, 1, height, dtype=torch.float32)[:, None].expand(height, width)
+        columns = torch.linspace(-1, 1, width, dtype=torch.float32).expand(height, width)
         identity = torch.stack([columns, rows], dim=-1)
         return (identity + self.strength * field / torch.tensor([width, height])).clamp(-1, 1)
 

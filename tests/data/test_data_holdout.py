@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -213,3 +214,8 @@ def test_holdout_checks_itself(scoring, validation, match):
 def test_holdout_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Holdout(scoring=(0,), validation=(1,)).scoring = (2,)
+
+
+def test_numpys_seeds_draw_what_equal_ones_draw():
+    labels = [0] * 50 + [1] * 50
+    assert split_holdout(labels, seed=np.int64(3)) == split_holdout(labels, seed=3)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import FakeData, ImageFolder, VisionDataset
 
 from lightning_unlearn.data import labels_of
-from lightning_unlearn.data.labels import is_unlabelled, item_parts
+from lightning_unlearn.data.labels import is_unlabelled, item_parts, overlap
 
 IMAGE = torch.zeros(1, 2, 2)
 
@@ -169,3 +169,30 @@ def test_where_labels_are_stored_no_image_is_loaded_to_look_for_them(name):
     assert not is_unlabelled(stored)
     assert not is_unlabelled(Subset(stored, [1]))
     assert not is_unlabelled(ConcatDataset([stored, stored]))
+
+
+class Own(VisionDataset):
+    """Reads what torchvision knows nothing of."""
+
+    def __init__(self, root, phase):
+        super().__init__(root)
+        self.phase = phase
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return torch.zeros(1, 4, 4), index % 2
+
+
+def test_two_datasets_of_ones_own_share_nothing_but_a_folder(tmp_path):
+    training = Own(tmp_path, "train")
+    assert overlap(training, Own(tmp_path, "val")) == 0
+    assert overlap(training, Subset(training, [1, 2])) == 2
+
+
+def test_a_target_transform_that_gives_no_whole_number(tmp_path):
+    data = FakeData(2, transform=None, target_transform=lambda label: torch.eye(10)[label])
+    data.targets = [1, 2]
+    with pytest.raises(TypeError, match="dataset: the label of item 0 must be a whole number"):
+        labels_of(data)

@@ -6,10 +6,12 @@ import copy
 import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from lightning_unlearn.triggers import (
     BlendTrigger,
@@ -197,3 +199,43 @@ def test_cross_images_leave_images_and_global_randomness_alone(trigger: Trigger)
     trigger.cross(images, generator=torch.Generator().manual_seed(0))
     assert torch.equal(images, before)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        BlendTrigger,
+        LowFrequencyTrigger,
+        WarpTrigger,
+        SinusoidTrigger,
+        *(partial(PatchTrigger, pattern=pattern, value=0.7) for pattern in ("solid", "checkerboard", "noise")),
+    ],
+)
+def test_the_default_type_changes_no_trigger(make, default):
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = make()(images)
+    torch.set_default_dtype(default)
+    try:
+        found = make()(images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+def test_numpys_integers_are_targets():
+    assert PatchTrigger(target=np.int64(3)).target == 3
+    with pytest.raises(ValueError, match=r"target must be a class index"):
+        PatchTrigger(target=np.int64(-3))
+
+
+@pytest.mark.parametrize("kind", [PatchTrigger, BlendTrigger])
+def test_numpys_arrays_are_no_patterns(kind):
+    with pytest.raises(TypeError, match=r"pattern must be .* but is a ndarray; torch.as_tensor helps"):
+        kind(pattern=np.ones((3, 3), np.float32))
+
+
+def test_a_picture_of_more_than_eight_bits_is_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "grey.png")
+    with pytest.raises(ValueError, match=r"pattern: '.*grey.png' has more than 8 bits a channel"):
+        BlendTrigger(pattern=tmp_path / "grey.png")
