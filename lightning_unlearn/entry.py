@@ -7,6 +7,8 @@ import sys
 
 __all__ = ["run"]
 
+_OF_EXTRAS = {"jsonargparse", "matplotlib", "rich", "sklearn", "tensorboard", "yaml"}
+
 
 def run() -> None:
     """Run ``lightning-unlearn`` and leave with an exit code: 0 for success, 1 for an error, 3 for a bad verdict."""
@@ -27,4 +29,9 @@ def run() -> None:
         if sys.argv[1:2] == ["audit"] and getattr(result, "verdict", None) != "clean":
             sys.exit(3)
     except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing and missing not in _OF_EXTRAS:  # by code of the user's own
+            if sys.argv[1:2] == ["fit"]:
+                raise
+            sys.exit(f"lightning-unlearn: {error}.")
         sys.exit(f"lightning-unlearn: {error}. The command line needs an extra: pip install 'lightning-unlearn[demo]'")

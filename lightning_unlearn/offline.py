@@ -54,7 +54,7 @@ class CheckpointCLI(LightningCLI):
             default=None,
             help="New or empty folder for what is written; by default unlearning.output_dir.",
         )
-        parser.add_lightning_class_args(BackdoorUnlearning, "unlearning")
+        parser.add_lightning_class_args(BackdoorUnlearning, "unlearning", subclass_mode=True)  # or one of their own
 
     def before_instantiate_classes(self) -> None:
         """Refuse an output folder that cannot be used before anything is made, and send logs there, too.
@@ -65,7 +65,7 @@ class CheckpointCLI(LightningCLI):
             FileExistsError: if it holds anything.
             OSError: if nothing can be written to it.
         """
-        output_dir = self.config["output_dir"] or self.config["unlearning"]["output_dir"]
+        output_dir = self.config["output_dir"] or self.config["unlearning"]["init_args"]["output_dir"]
         if not output_dir:
             return
         self.config["output_dir"] = output_dir

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 import lightning_unlearn
-from lightning_unlearn import cli, entry
+from lightning_unlearn import BackdoorUnlearning, cli, entry
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.cli import main
 from lightning_unlearn.data import Digits, DigitsDataModule, HoldoutDataModule
@@ -145,6 +145,32 @@ def test_repaired_checkpoint_is_a_checkpoint(victim, digits_victim):
     model.test_step = lambda batch, batch_idx: None
     trainer = L.Trainer(enable_checkpointing=False, **QUIET)
     trainer.test(model, DigitsDataModule(size=16), ckpt_path=report.checkpoint, verbose=False)
+
+
+class Pair(ConvClassifier):
+    """Answers with more than logits."""
+
+    def forward(self, images):
+        return super().forward(images), None
+
+
+class PairUnlearning(BackdoorUnlearning):
+    """Knows which of its answers are the logits."""
+
+    def logits(self, module, images):
+        return module(images)[0]
+
+
+def test_a_callback_of_ones_own(victim):
+    """For models whose forward gives no logits, or takes no images."""
+    model = MODEL | {"class_path": f"{__name__}.Pair"}
+    write("pair.yaml", {"trainer": QUIET, "model": model, "unlearning": UNLEARNING})
+    with pytest.raises(ValueError, match="override the callback's `logits`"):
+        repair(config="pair.yaml")
+    own = {"class_path": f"{__name__}.PairUnlearning", "init_args": UNLEARNING}
+    write("pair.yaml", {"trainer": QUIET, "model": model, "unlearning": own})
+    found, expected = repair(config="pair.yaml"), repair()
+    assert (found.after, found.filters["pruned"]) == (expected.after, 2)
 
 
 def test_repair_beside_the_original_overwrites_nothing(victim):
@@ -395,6 +421,18 @@ def test_other_errors_keep_their_traceback(monkeypatch):
 def test_success_is_silent(monkeypatch):
     monkeypatch.setattr(cli, "main", lambda: None)
     assert entry.run() is None
+
+
+@pytest.mark.parametrize("command", ["fit", "repair"])
+def test_what_the_users_own_code_lacks_is_in_no_extra(monkeypatch, command):
+    def fail():
+        raise ModuleNotFoundError("No module named 'unheard_of'", name="unheard_of.core")
+
+    monkeypatch.setattr(cli, "main", fail)
+    monkeypatch.setattr(sys, "argv", ["lightning-unlearn", command])
+    with pytest.raises(ModuleNotFoundError if command == "fit" else SystemExit) as stopped:
+        entry.run()
+    assert command == "fit" or stopped.value.code == "lightning-unlearn: No module named 'unheard_of'."
 
 
 @pytest.mark.parametrize("missing", ["rich.console", "jsonargparse"])
