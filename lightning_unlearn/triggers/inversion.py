@@ -70,11 +70,8 @@ class _Stack(ABC):
 
     def __init__(self, count: int, shape: Sequence[int], generator: torch.Generator, device: torch.device) -> None:
         def start(*size: int, scale: float, mean: float = 0.0) -> Tensor:
-            return (
-                (mean + scale * torch.randn(count, *size, generator=generator, dtype=torch.float32))
-                .to(device)
-                .requires_grad_()
-            )
+            drawn = torch.randn(count, *size, generator=generator, dtype=torch.float32)
+            return (mean + scale * drawn).to(device).requires_grad_()
 
         self.tensors = self.begin(tuple(shape), start)
 
