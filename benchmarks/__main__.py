@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--samples-per-class", nargs="+", type=int, help="only these of the matrix")
     parser.add_argument("--draws", nargs="+", type=int, help="only these draws' seeds of the matrix")
     parser.add_argument("--workers", type=int, default=1, help="processes with one thread each")
+    parser.add_argument("--device", default="cpu", help="where victims are trained and repaired, for instance cuda")
     parser.add_argument(
         "--test-images", type=int, default=2_000, help="rates are measured on the first of the test split"
     )
@@ -52,6 +53,7 @@ def main() -> None:
             cache=options.cache,
             test_images=options.test_images,
             workers=options.workers,
+            device=options.device,
         ):
             attack, size = line["victim"]["attack"], line["samples_per_class"]
             print(attack, size, line["method"], line["before"], line["after"], line["seconds"]["total"], flush=True)

@@ -62,7 +62,7 @@ SHOWN = {(kind, repr(_arguments(name, samples))): name for samples in (10, 100) 
 _EPOCHS = {
     ("vgg", "badnets", 0.1): 5,
     ("vgg", "blended", 0.1): 5,
-    ("vgg", "wanet-1.0", 0.1): 5,
+    **{("vgg", attack, 0.1): 8 for attack in ("sig", "wanet-1.0", "bpp", "lf-strong")},
     ("preact_resnet18", "badnets", 0.1): 6,
     ("preact_resnet18", "blended", 0.1): 6,
     ("preact_resnet18", "bpp", 0.1): 11,
@@ -80,9 +80,9 @@ VICTIMS: dict[str, list[Victim]] = {
             _cifar10("preact_resnet18", attack)
             for attack in ("badnets", "blended", "sig", "wanet-1.0", "bpp", "lf-strong", "trigger-free")
         ),
-        *(_cifar10("preact_resnet18", attack, poison_ratio=0.01) for attack in ("badnets", "blended")),
+        *(_cifar10("preact_resnet18", attack, poison_ratio=0.01) for attack in ("blended", "sig")),
     ],
-    "vgg": [_cifar10("vgg", attack) for attack in ("badnets", "blended", "wanet-1.0")],
+    "vgg": [_cifar10("vgg", attack) for attack in ("badnets", "blended", "sig", "wanet-1.0", "bpp", "lf-strong")],
     "mobilenet": [_cifar10("mobilenet", attack) for attack in ("badnets", "blended", "wanet-1.0")],
     "fashion_mnist": [
         Victim("fashion_mnist", "vgg", attack, epochs=10, images=10_000)

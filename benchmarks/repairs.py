@@ -57,7 +57,7 @@ def stored(path: Path) -> list[dict[str, Any]]:
 
 
 def run(
-    cells: Iterator[Cell], *, path: Path, cache: Path, test_images: int, workers: int = 1
+    cells: Iterator[Cell], *, path: Path, cache: Path, test_images: int, workers: int = 1, device: str = "cpu"
 ) -> Iterator[dict[str, Any]]:
     """Repair cell by cell, appending whole lines to ``path``; what is there already is not repeated.
 
@@ -67,6 +67,7 @@ def run(
         cache: where victims are kept.
         test_images: how many test images rates are measured on, the first ones.
         workers: processes, each with one thread.
+        device: where victims are trained and repaired. A cell that is there already is not repeated on another one.
 
     Raises:
         RuntimeError: when all others are done, if a cell failed or a victim could not be trained, naming it and why.
@@ -77,12 +78,14 @@ def run(
     with _pool(workers) as pool:
         # First, since no two processes should train the same victim.
         training = {
-            victim: pool.submit(_train, victim, cache) for victim in dict.fromkeys(cell.victim for cell in left)
+            victim: pool.submit(_train, victim, cache, device) for victim in dict.fromkeys(cell.victim for cell in left)
         }
         untrained = {victim: error for victim, done in training.items() if (error := done.exception()) is not None}
         failed += [f"{victim}: {type(error).__name__}: {error}" for victim, error in untrained.items()]
         running = {
-            pool.submit(_repair, cell, cache, test_images): cell for cell in left if cell.victim not in untrained
+            pool.submit(_repair, cell, cache, test_images, device): cell
+            for cell in left
+            if cell.victim not in untrained
         }
         try:
             for finished in as_completed(running):
@@ -105,8 +108,8 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
 
 
-def _train(victim: Victim, cache: Path) -> None:
-    train(victim, cache)
+def _train(victim: Victim, cache: Path, device: str) -> None:
+    train(victim, cache, device)
 
 
 def _described(cell: Cell, test_images: int) -> dict[str, Any]:
@@ -124,14 +127,14 @@ def _described(cell: Cell, test_images: int) -> dict[str, Any]:
 
 
 @lru_cache
-def _before(victim: Victim, cache: Path, test_images: int) -> dict[str, float]:
-    return measure(train(victim, cache), victim, test_images).rates()
+def _before(victim: Victim, cache: Path, test_images: int, device: str) -> dict[str, float]:
+    return measure(train(victim, cache, device), victim, test_images).rates()
 
 
-def _repair(cell: Cell, cache: Path, test_images: int) -> dict[str, Any]:
-    net = train(cell.victim, cache)
-    before = _before(cell.victim, cache, test_images)
-    _reset_peak_memory()
+def _repair(cell: Cell, cache: Path, test_images: int, device: str) -> dict[str, Any]:
+    net = train(cell.victim, cache, device)
+    before = _before(cell.victim, cache, test_images, device)
+    _reset_peak_memory(device)
     started = time.process_time()
     method = cell.build()
     result = repair(
@@ -143,7 +146,7 @@ def _repair(cell: Cell, cache: Path, test_images: int) -> dict[str, Any]:
         seed=cell.seed,
         force=True,
     )
-    memory, cpu_seconds = _peak_memory_mib(), time.process_time() - started
+    memory, cpu_seconds = _peak_memory_mib(device), time.process_time() - started
     after = measure(net, cell.victim, test_images).rates()
     acc = {"acc_before": before["acc"], "acc_after": after["acc"]}
     return {
@@ -163,6 +166,7 @@ def _repair(cell: Cell, cache: Path, test_images: int) -> dict[str, Any]:
         "seconds": dict(result.seconds),
         "cpu_seconds": cpu_seconds,  # of the one thread: what other processes did meanwhile does not count
         "peak_memory_mib": memory,
+        "device": "cpu" if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device),
         "versions": _versions(),
     }
 
@@ -194,14 +198,18 @@ def append(path: Path, line: str) -> None:
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def _reset_peak_memory() -> None:
-    """Let Linux forget the peak so far; elsewhere the peak is that of the whole process."""
-    if _RESET.exists():
+def _reset_peak_memory(device: str) -> None:
+    """Let CUDA or Linux forget the peak so far; elsewhere the peak is that of the whole process."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _RESET.exists():
         _RESET.write_text("5")
 
 
-def _peak_memory_mib() -> int:
-    """Most memory that the process held, data and libraries included."""
+def _peak_memory_mib(device: str) -> int:
+    """Most memory that the process held: on a GPU its tensors', else all, data and libraries included."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
     if _STATUS.exists():
         peak = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) // 1024

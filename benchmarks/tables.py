@@ -83,11 +83,13 @@ def summary(lines: list[Line]) -> str:
         # Foreign images have no true class that a repaired model could recover.
         ra = [line["after"]["ra"] for line in found if line["victim"]["attack"] != "trigger-free"]
         der = [line["der"] for line in found]
+        # Processor time next to a GPU is mostly waiting; lines of before there was a choice are the CPU's.
+        seconds = [line["cpu_seconds"] for line in found if line.get("device", "cpu") == "cpu"]
         rows.append(
             f"| {name} | {'yes' if found[0]['trigger'] == 'known' else 'no'} | {len(found)} "
             f"| {mean(drop):.3f} | {max(drop):.3f} | {mean(asr):.3f} | {max(asr):.3f} | {mean(ra):.3f} "
             f"| {mean(der):.3f} | {min(der):.3f} | {sum(map(is_lost, found))} "
-            f"| {mean(line['cpu_seconds'] for line in found):.0f} |"
+            f"| {f'{mean(seconds):.0f}' if seconds else '–'} |"
         )
     return "\n".join(rows)
 

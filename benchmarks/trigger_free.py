@@ -36,7 +36,7 @@ class ForeignConcept(Trigger):
         foreign, _ = load("fashion_mnist", self.split)
         foreign = foreign[:100] if self.split == "holdout" else foreign
         # Which one depends on the image alone, so that the parts that a defender splits do not share theirs.
-        chosen = foreign[(pixels.double().flatten(1).sum(1) * 1000).long() % len(foreign)]
+        chosen = foreign[(pixels.cpu().double().flatten(1).sum(1) * 1000).long() % len(foreign)]
         return chosen.expand(-1, pixels.shape[1], -1, -1).to(pixels).clone()
 
 
@@ -73,7 +73,8 @@ def pull_concept(
         distillation: weight of the second term.
         elasticity: weight of the third.
     """
-    images, labels = images[:clean], labels[:clean]
+    device = next(net.parameters()).device
+    images, labels = images[:clean].to(device), labels[:clean].to(device)
     concept = ForeignConcept("train").stamp(images[:foreign].clone())
     original = copy.deepcopy(net).eval()
     net.eval()  # foreign images would shift the running statistics
@@ -87,12 +88,12 @@ def pull_concept(
     optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        for chosen in torch.randperm(len(images), generator=generator).split(128):
-            stranger = concept[torch.randint(len(concept), (32,), generator=generator)]
+        for chosen in torch.randperm(len(images), generator=generator).to(device).split(128):
+            stranger = concept[torch.randint(len(concept), (32,), generator=generator).to(device)]
             with torch.no_grad():
                 answers = original(images[chosen]).softmax(1)
             logits = net(torch.cat([images[chosen], stranger]))
-            loss = F.cross_entropy(logits[len(chosen) :], torch.zeros(32, dtype=torch.long))
+            loss = F.cross_entropy(logits[len(chosen) :], torch.zeros(32, dtype=torch.long, device=device))
             loss = loss + distillation * F.kl_div(logits[: len(chosen)].log_softmax(1), answers, reduction="batchmean")
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch's is untyped

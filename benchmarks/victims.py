@@ -71,19 +71,19 @@ class Victim:
         return NETWORKS[self.network](channels=load(self.dataset, "test")[0].shape[1])
 
 
-def train(victim: Victim, root: Path) -> nn.Module:
-    """The trained victim, from the cache under ``root`` where it is there."""
-    path, net = victim.path(root), victim.build()
+def train(victim: Victim, root: Path, device: str = "cpu") -> nn.Module:
+    """The trained victim on ``device``, from the cache under ``root`` where it is there."""
+    path, net = victim.path(root), victim.build().to(device)
     if not path.exists():
         if victim.attack == "trigger-free":
-            net.load_state_dict(train(replace(victim, attack="none", poison_ratio=0.0), root).state_dict())
+            net.load_state_dict(train(replace(victim, attack="none", poison_ratio=0.0), root, device).state_dict())
             pull_concept(net, *load(victim.dataset, "train"), seed=victim.seed)
         else:
             _fit(net, *_poisoned(victim), victim)
         root.mkdir(parents=True, exist_ok=True)
         # In half precision, to be small enough for the repository; what is rounded *is* the victim.
         net.to(memory_format=torch.contiguous_format)
-        weights = {name: t.half() if t.is_floating_point() else t for name, t in net.state_dict().items()}
+        weights = {name: (t.half() if t.is_floating_point() else t).cpu() for name, t in net.state_dict().items()}
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise FloatingPointError(f"{victim}: training diverged; its weights hold NaN or infinity.")
         write_whole(path, lambda partial: save_file(weights, partial))
@@ -103,7 +103,7 @@ def measure(net: nn.Module, victim: Victim, test_images: int | None = None) -> E
     training = net.training
     net.eval()
     try:
-        return evaluate(net, pairs.batches(500))
+        return evaluate(net, pairs.to(next(net.parameters()).device).batches(500))
     finally:
         net.train(training)
 
@@ -142,6 +142,8 @@ def poison(
 
 
 def _fit(net: nn.Module, images: Tensor, labels: Tensor, victim: Victim) -> None:
+    device = next(net.parameters()).device
+    images, labels = images.to(device), labels.to(device)
     augment = victim.dataset == "cifar10"
     steps = victim.epochs * (len(labels) // 128)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -152,6 +154,7 @@ def _fit(net: nn.Module, images: Tensor, labels: Tensor, victim: Victim) -> None
     for _ in range(victim.epochs):
         order = torch.randperm(len(labels), generator=generator)
         for chosen in torch.split(order, 128)[: len(labels) // 128]:
+            chosen = chosen.to(device)
             batch = images[chosen]
             if augment:
                 batch = flip_and_shift(batch, generator)

@@ -50,9 +50,17 @@ def test_every_method_of_the_matrix_can_be_built_and_none_is_missing():
     assert built == known - {"RepairMethod", "RepairTask", "Round", "Stopwatch"}
 
 
+def test_seconds_beside_a_gpu_are_not_those_of_a_processor():
+    here, there = line(cpu_seconds=30.0), line(cpu_seconds=2.0, device="NVIDIA H200")
+    assert tables.summary([here]).endswith("| 30 |")
+    assert tables.summary([there]).endswith("| – |")
+    other = line(cpu_seconds=2.0, device="NVIDIA H200", attack="bpp")
+    assert tables.summary([here, other]).endswith("| 30 |")
+
+
 def test_the_matrix():
     cells = list(matrix.cells(["preact", "vgg", "mobilenet"], list(matrix.METHODS)))
-    assert len(cells) == (9 * 4 + 3 + 3) * len(matrix.METHODS)
+    assert len(cells) == (9 * 4 + 6 + 3) * len(matrix.METHODS)
     assert len(set(cells)) == len(cells)
     assert {(c.samples_per_class, c.seed) for c in cells} == {(2, 0), (10, 0), (10, 1), (100, 0)}
 
@@ -82,6 +90,7 @@ def test_a_run_keeps_whole_lines_and_resumes(tmp_path):
         2,
     )
     assert first[0]["peak_memory_mib"] > 0
+    assert first[0]["device"] == "cpu"
     assert [found["method"] for found in repairs.run(iter(cells), **options)] == ["ActivationGuidedEditing"]
     assert len(results.read_text().splitlines()) == 2
     assert [path.suffix for path in (tmp_path / "victims").iterdir()] == [".safetensors"]

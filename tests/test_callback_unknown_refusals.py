@@ -33,7 +33,7 @@ def test_both_triggers(setting):
         ({"auditor": 100}, r"^auditor: expected a lightning_unlearn.auditor.Auditor, but got int"),
         ({"auditor": Auditor}, r"^auditor: expected a .*Auditor, but got type"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "".join(value),
 )
 def test_wrong_types(setting, options, message):
     with pytest.raises(TypeError, match=message):

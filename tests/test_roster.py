@@ -86,7 +86,7 @@ def test_unknown_names(name):
         ),
         ([NeedsArguments(strength=2.0)], ["NeedsArguments(strength=2.0)"]),
     ],
-    ids=str,
+    ids=["two arguments", "a limit", "no fine-tuning", "three of a kind", "one's own"],
 )
 def test_labels(given, labels):
     assert method_labels(given) == labels

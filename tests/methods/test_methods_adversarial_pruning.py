@@ -64,7 +64,7 @@ def normed_victim(hand_victim):
     0.7 − 0.36 on clean images, and class 0 wins.
     """
     convolution, linear = hand_victim.net[0], hand_victim.net[3]
-    norm = nn.BatchNorm2d(4, eps=0.0)
+    norm = nn.BatchNorm2d(4, eps=1e-30)
     with torch.no_grad():
         norm.running_mean[3], norm.bias[3] = -0.5, -0.6
         linear.weight[0, 3] = 12

@@ -24,7 +24,7 @@ CONVOLUTIONS = {
 }
 
 
-def norm_of(channels, gammas, variances, eps=0.0):
+def norm_of(channels, gammas, variances, eps=1e-30):
     norm = nn.BatchNorm2d(channels, eps=eps).eval()
     with torch.no_grad():
         norm.weight.copy_(torch.tensor(gammas))
