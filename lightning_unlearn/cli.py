@@ -6,14 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import PurePath
 from typing import Any
 
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 
 from lightning_unlearn.callback import BackdoorUnlearning
-from lightning_unlearn.checkpoint import save_repaired
 from lightning_unlearn.comparison_report import Comparison
 from lightning_unlearn.folder import Folder
 from lightning_unlearn.offline import CheckpointCLI, from_python, load_into, on_checkpoint
@@ -76,8 +74,7 @@ def repair(args: Sequence[str]) -> Report:
     """Repair a finished checkpoint; write the repaired one, estimated triggers if any were used, and a report."""
     cli = CheckpointCLI(args)
     checkpoint = load_into(cli)
-    original = cli.config["ckpt_path"]
-    folder = Folder(cli.config["output_dir"] or os.path.dirname(original))
+    folder = Folder(cli.config["output_dir"] or os.path.dirname(checkpoint.path))
     if cli.trainer.is_global_zero:
         folder.refuse_unwritable()
     unlearning: BackdoorUnlearning = cli.config_init["unlearning"]
@@ -85,8 +82,7 @@ def repair(args: Sequence[str]) -> Report:
     if not cli.trainer.is_global_zero:
         return report
     if report.status == "repaired":
-        name = folder.free(f"{PurePath(original).stem}-unlearned.ckpt")
-        report = report.saved_as(save_repaired(checkpoint, cli.model.state_dict(), folder, name))
+        report = report.saved_as(checkpoint.save_repaired(cli.model.state_dict(), folder))
     triggers = [] if unlearning.found is None else save_triggers(unlearning.found, folder)
     saved = folder.free("report.json")
     with folder.whole(saved) as partial:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as L  # noqa: N812 - the usual name
-import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.cli import LightningArgumentParser
@@ -18,9 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from lightning_unlearn.callback import BackdoorUnlearning
-from lightning_unlearn.checkpoint import repaired_checkpoint
 from lightning_unlearn.comparison import Comparison, Entry, compare_split
-from lightning_unlearn.files import write_whole
 from lightning_unlearn.folder import Folder
 from lightning_unlearn.methods import MaskPrune, RepairMethod
 from lightning_unlearn.offline import CheckpointCLI, load_into, on_checkpoint
@@ -86,9 +83,7 @@ def compare(args: Sequence[str]) -> Comparison:
     done = on_checkpoint(cli, work)
     if cli.trainer.is_global_zero:
         if cli.config["save_best"] and done.weights is not None:
-            path = folder / f"{Path(cli.config['ckpt_path']).stem}-unlearned.ckpt"
-            repaired = repaired_checkpoint(checkpoint, done.weights)
-            done = done.saved_as(write_whole(path, lambda partial: torch.save(repaired, partial)))
+            done = done.saved_as(checkpoint.save_repaired(done.weights, Folder(folder)))
         saved = done.save(folder)
         console.print(done)
         best = done.best

@@ -45,9 +45,17 @@ def logits_of(forward: Callable[[Tensor], object], images: Tensor) -> Tensor:
     It gets a copy of the images, since a model may normalise its input in place.
 
     Raises:
-        ValueError: if the output is not a floating-point (N, C) tensor with two classes or more.
+        ValueError: if the output is not a floating-point (N, C) tensor with two classes or more, or if the model cannot
+            be called with a batch of images.
     """
-    logits = forward(images.clone())
+    try:
+        logits = forward(images.clone())
+    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"model: its forward pass fails on a batch of images of shape {tuple(images.shape)} "
+            f"({type(error).__name__}: {error}); if it takes something else, override the callback's `logits`, or wrap "
+            "the model, so that images go in and one tensor of class logits comes back."
+        ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(

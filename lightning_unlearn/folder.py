@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -86,11 +86,16 @@ class Folder:
     def refuse_used(self) -> None:
         """Make sure that nothing of the user's can be overwritten.
 
+        Lightning's logs are not in the way: a run that failed leaves them, and the next has a version of its own there.
+
         Raises:
-            FileExistsError: if it is a file or holds anything.
+            FileExistsError: if it is a file or holds anything else.
         """
-        if self.fs.exists(self.url) and (not self.fs.isdir(self.url) or self.fs.ls(self.url)):
+        if self.fs.exists(self.url) and (not self.fs.isdir(self.url) or self._others_than("lightning_logs")):
             raise FileExistsError(f"output-dir: {self.url!r} exists and is not an empty folder; name a new one.")
+
+    def _others_than(self, name: str) -> bool:
+        return any(PurePath(path).name != name for path in self.fs.ls(self.url, detail=False))
 
     def refuse_unwritable(self) -> None:
         """Find out now whether files can be written here, and leave no trace.

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.callback import BackdoorUnlearning
-from lightning_unlearn.checkpoint import load_checkpoint
+from lightning_unlearn.checkpoint import Checkpoint, load_checkpoint
 from lightning_unlearn.folder import Folder
 
 __all__ = ["CheckpointCLI", "from_python", "load_into", "on_checkpoint"]
@@ -102,7 +102,7 @@ class _Job(L.LightningModule, Generic[_T]):
         return batch  # Lightning warns about a prediction of nothing
 
 
-def load_into(cli: CheckpointCLI) -> dict[str, Any]:
+def load_into(cli: CheckpointCLI) -> Checkpoint:
     """Load the checkpoint that a command was given into the model that it configured; the checkpoint.
 
     The model is built and loaded as Lightning would: in ``configure_model`` and ``setup`` where it has these, with
@@ -114,11 +114,15 @@ def load_into(cli: CheckpointCLI) -> dict[str, Any]:
     """
     path, model = cli.config["ckpt_path"], cli.model
     checkpoint = load_checkpoint(path)
-    loaded = {**checkpoint, "state_dict": dict(checkpoint["state_dict"])}  # the model may change it
     model.trainer = cli.trainer
     model.configure_model()
-    if not loaded["state_dict"].keys() <= model.state_dict().keys():
+    checkpoint = checkpoint.named_as(model.state_dict())
+    if not checkpoint.weights.keys() <= model.state_dict().keys():
         model.setup("predict")  # not "fit", since there is no training data to look at
+        checkpoint = checkpoint.named_as(model.state_dict())
+    loaded: dict[str, Any] = {"state_dict": checkpoint.weights}  # a copy, which the model may change
+    if checkpoint.entry == "state_dict":
+        loaded = {**checkpoint.content, **loaded}
     model.on_load_checkpoint(loaded)
     try:
         keys = model.load_state_dict(loaded["state_dict"], strict=model.strict_loading)

@@ -71,7 +71,7 @@ def load_original(trainer: Trainer, module: LightningModule) -> None:
         raise MisconfigurationException(NO_BEST)
     _wait_until_written(trainer)
     trainer.strategy.barrier()
-    checkpoint = load_checkpoint(best)
+    checkpoint = dict(load_checkpoint(best).content)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
 

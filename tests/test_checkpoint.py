@@ -6,8 +6,10 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from lightning_unlearn.checkpoint import load_checkpoint, repaired_checkpoint
+from lightning_unlearn.checkpoint import Checkpoint, load_checkpoint
+from lightning_unlearn.folder import Folder
 
 
 def checkpoint():
@@ -24,6 +26,10 @@ def checkpoint():
         "hparams_name": "kwargs",
         "hyper_parameters": {"width": 8, "names": ["a", "b"], "_instantiator": "lightning.pytorch.cli.instantiate"},
     }
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 class Bomb:
@@ -43,7 +49,9 @@ def test_a_checkpoint_is_loaded(tmp_path):
     path, saved = tmp_path / "last.ckpt", checkpoint()
     torch.save(saved, path)
     for given in (path, str(path)):
-        loaded = load_checkpoint(given)
+        found = load_checkpoint(given)
+        loaded = found.content
+        assert (found.entry, found.path) == ("state_dict", str(path))
         assert list(loaded) == list(saved)
         assert loaded["hyper_parameters"] == saved["hyper_parameters"]
         assert torch.equal(loaded["state_dict"]["net.weight"], saved["state_dict"]["net.weight"])
@@ -79,7 +87,7 @@ def test_something_else(tmp_path, content):
     path = tmp_path / "other.pt"
     torch.save(content, path)
     with pytest.raises(
-        ValueError, match=r"^ckpt_path: '.*other.pt' is no Lightning checkpoint: it holds no 'state_dict'"
+        ValueError, match=r"^ckpt_path: '.*other.pt' holds no weights; expected a Lightning checkpoint, a .safetensors"
     ):
         load_checkpoint(path)
 
@@ -95,14 +103,103 @@ def test_a_damaged_file(tmp_path, damage):
         load_checkpoint(path)
 
 
-# repaired_checkpoint
+# Weights that are not Lightning's
+
+
+WEIGHTS = {"conv.weight": torch.arange(4.0).view(2, 2), "conv.bias": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("content", "entry"),
+    [
+        (WEIGHTS, None),
+        ({"model": WEIGHTS, "epoch": 7}, "model"),
+        ({"net": WEIGHTS, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": []}}, "net"),
+        ({"state_dict": WEIGHTS, "arch": "resnet18"}, "state_dict"),
+    ],
+    ids=["alone", "in a dict", "beside an optimizer's", "under Lightning's name"],
+)
+def test_weights_are_found(tmp_path, content, entry):
+    torch.save(content, tmp_path / "handed.pth")
+    found = load_checkpoint(tmp_path / "handed.pth")
+    assert found.entry == entry
+    assert same(found.weights, WEIGHTS)
+
+
+def test_safetensors(tmp_path):
+    save_file(WEIGHTS, tmp_path / "handed.safetensors")
+    found = load_checkpoint(tmp_path / "handed.safetensors")
+    assert found.entry is None
+    assert same(found.weights, WEIGHTS)
+    (tmp_path / "damaged.safetensors").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"^ckpt_path: '.*damaged.safetensors' cannot be loaded"):
+        load_checkpoint(tmp_path / "damaged.safetensors")
+
+
+def test_one_of_several_models_must_be_chosen(tmp_path):
+    torch.save({"model": WEIGHTS, "ema": WEIGHTS}, tmp_path / "two.pt")
+    with pytest.raises(ValueError, match=r"^ckpt_path: '.*two.pt' holds several models' weights \('model', 'ema'\)"):
+        load_checkpoint(tmp_path / "two.pt")
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        (["a.w", "b.w"], ["net.a.w", "net.b.w"]),
+        (["module.a.w", "module.b.w"], ["a.w", "b.w"]),
+        (["model._orig_mod.a.w", "model._orig_mod.b.w"], ["net.a.w", "net.b.w"]),
+        (["a.w"], ["net.a.w"]),
+        (["features.0.w", "features.1.w"], ["net.features.0.w", "net.features.1.w"]),
+    ],
+)
+def test_what_all_names_begin_with_does_not_matter(stored, wanted):
+    tensors = [torch.tensor(float(number)) for number in range(len(stored))]
+    found = Checkpoint(dict(zip(stored, tensors, strict=True)), None, "handed.pt").named_as(wanted)
+    assert list(found.weights.items()) == list(zip(wanted, tensors, strict=True))
+    assert list(found.named_as(wanted).weights) == wanted  # asked again
+    assert list(found.repaired(found.weights)) == stored
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [["a.w", "b.w"], ["a.w", "b.w", "c.w"], ["net.a.w"], ["net.a.w", "net.c.w"], ["x.a.w", "y.b.w"], []],
+    ids=" ".join,
+)
+def test_names_that_differ_otherwise_stay(wanted):
+    found = Checkpoint({"a.w": torch.ones(1), "b.w": torch.ones(1)}, None, "handed.pt").named_as(wanted)
+    assert list(found.weights) == ["a.w", "b.w"]
+
+
+@pytest.mark.parametrize("name", ["handed.pth", "handed.pt", "handed.bin", "handed", "handed.safetensors"])
+def test_a_repaired_file_is_of_its_kind(tmp_path, name):
+    shared = torch.full((2, 2), 3.0).T  # neither contiguous nor, in two places, safe for safetensors
+    new = {"net.conv.weight": shared, "net.conv.bias": shared[0]}
+    found = Checkpoint(WEIGHTS, None, str(tmp_path / name)).named_as(list(new))
+    saved = [found.save_repaired(new, Folder(tmp_path)) for _ in range(2)]
+    stem, suffix = name.partition(".")[0], "." + (name.partition(".")[2] or "ckpt")
+    assert saved == [str(tmp_path / f"{stem}-unlearned{mark}{suffix}") for mark in ("", "-v1")]
+    read = load_checkpoint(saved[0])
+    assert read.entry is None
+    assert same(read.weights, {"conv.weight": torch.full((2, 2), 3.0), "conv.bias": torch.full((2,), 3.0)})
+
+
+def test_nothing_of_the_old_weights_is_left_beside_the_repaired_ones():
+    """The names are those of timm's and many papers' training scripts."""
+    old = {"momentum": [(torch.ones(2), 1)]}
+    content = {"state_dict": WEIGHTS, "epoch": 7, "args": {"lr": 0.1}, "optimizer": old, "ema": torch.ones(2)}
+    repaired = Checkpoint(content, "state_dict", "handed.pt").repaired({"conv.bias": torch.zeros(2)})
+    assert repaired.keys() == {"state_dict", "epoch", "args"}
+    assert list(repaired["state_dict"]) == ["conv.bias"]
+
+
+# Repaired checkpoints of Lightning
 
 
 def test_a_repaired_checkpoint(tmp_path):
     original = checkpoint()
     before = copy.deepcopy(original)
     weights = {"net.weight": torch.full((2, 3), 7.0, requires_grad=True), "net.bias": torch.ones(2)}
-    repaired = repaired_checkpoint(original, weights)
+    repaired = Checkpoint(original, "state_dict", "last.ckpt").repaired(weights)
     assert set(repaired) == set(original) - {"optimizer_states", "lr_schedulers", "loops"}
     assert all(torch.equal(repaired["state_dict"][key], weight) for key, weight in weights.items())
     assert list(repaired["state_dict"]) == list(weights)
@@ -113,8 +210,11 @@ def test_a_repaired_checkpoint(tmp_path):
     assert list(original) == list(before)
     assert torch.equal(original["state_dict"]["net.weight"], before["state_dict"]["net.weight"])
     torch.save(repaired, tmp_path / "repaired.ckpt")
-    assert load_checkpoint(tmp_path / "repaired.ckpt")["hyper_parameters"] == before["hyper_parameters"]
+    assert load_checkpoint(tmp_path / "repaired.ckpt").content["hyper_parameters"] == before["hyper_parameters"]
 
 
 def test_a_checkpoint_without_training_state():
-    assert repaired_checkpoint({"state_dict": {}, "epoch": 1}, {}) == {"state_dict": {}, "epoch": 1}
+    assert Checkpoint({"state_dict": {}, "epoch": 1}, "state_dict", "a.ckpt").repaired({}) == {
+        "state_dict": {},
+        "epoch": 1,
+    }

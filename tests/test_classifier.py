@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_unlearn.classifier import ConvClassifier
+from lightning_unlearn.classifier import Classifier, ConvClassifier
 from lightning_unlearn.data import DigitsDataModule
 from lightning_unlearn.filters import find_filters
 
@@ -37,4 +37,22 @@ def test_learns_and_can_be_loaded(tmp_path):
     assert trainer.optimizers[0].param_groups[0]["lr"] < 0.05 / 100
     loaded = ConvClassifier.load_from_checkpoint(trainer.checkpoint_callback.best_model_path, map_location="cpu")
     assert loaded.hparams == {"channels": 1, "classes": 10, "width": 8, "learning_rate": 0.05}
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_any_network_is_trained_and_loaded(tmp_path):
+    def network():
+        return nn.Sequential(ConvClassifier(width=8).features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+    torch.manual_seed(0)
+    model = Classifier(network(), learning_rate=0.05)
+    trainer = L.Trainer(
+        max_epochs=4, accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model, DigitsDataModule(size=8, batch_size=50))
+    assert trainer.callback_metrics["val_acc"] > 0.6
+    path = trainer.checkpoint_callback.best_model_path
+    assert torch.load(path, weights_only=True)["hyper_parameters"] == {"learning_rate": 0.05}
+    loaded = Classifier.load_from_checkpoint(path, map_location="cpu", net=network())
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())

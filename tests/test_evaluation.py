@@ -183,6 +183,30 @@ def test_logits_come_back_as_float32_with_their_gradient(dtype):
     assert images.grad.tolist() == [[1.0] * 3] * 2
 
 
+class Batched(torch.nn.Module):
+    """Takes a batch with what belongs to it."""
+
+    def forward(self, batch):
+        return batch[7]
+
+
+@pytest.mark.parametrize(
+    ("forward", "problem"),
+    [
+        (Batched(), "IndexError: "),
+        (lambda images, labels: images, "TypeError: .* missing 1 required positional argument: 'labels'"),
+        (lambda images: images.pixels, "AttributeError: 'Tensor' object has no attribute 'pixels'"),
+        (torch.nn.Module(), r"NotImplementedError: Module \[Module\] is missing the required \"forward\" function"),
+    ],
+    ids=["a tuple", "labels too", "an object", "nothing"],
+)
+def test_a_model_that_takes_no_plain_images(forward, problem):
+    with pytest.raises(ValueError, match=rf"^model: its forward pass fails .* \(2, 3\) \({problem}") as raised:
+        logits_of(forward, torch.ones(2, 3))
+    assert "override the callback's `logits`" in str(raised.value)
+    assert raised.value.__cause__ is not None
+
+
 def test_a_model_that_writes_into_its_input_gets_a_copy():
     images = torch.ones(2, 3, requires_grad=True)
     logits = logits_of(lambda images: images.mul_(3), images)

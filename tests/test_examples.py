@@ -15,6 +15,8 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
+from torchvision.models import resnet18
+from torchvision.transforms.functional import to_pil_image
 
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.cli import main
@@ -50,7 +52,14 @@ def config(name: str) -> dict[str, Any]:
 def test_every_example_is_run_here():
     names = {path.name for path in EXAMPLES.iterdir() if not path.name.startswith(("_", "."))}
     assert names == {
-        *("audit_digits.yaml", "cifar10.yaml", "compare_digits.yaml", "finetune_own_model.py", "fit_digits.yaml"),
+        *(
+            "audit_digits.yaml",
+            "audit_handed_weights.yaml",
+            "cifar10.yaml",
+            "compare_digits.yaml",
+            "finetune_own_model.py",
+            "fit_digits.yaml",
+        ),
         *("grad_prune_taylor.yaml", "repair_digits.yaml"),
     }
 
@@ -105,6 +114,46 @@ def test_repair_digits():
     assert (done.method, done.measured_on) == ("MaskPrune", "test")
     assert report("runs/repair_digits") == done.to_dict()
     assert path.read_bytes() == original
+
+
+@pytest.fixture
+def handed(here):
+    """A ResNet-18 that tells dark pictures from half bright ones, and folders of them."""
+    torch.manual_seed(0)
+    images = 0.4 * torch.rand(24, 3, 48, 48)
+    labels = torch.arange(24) % 2
+    images[labels == 1, :, :, :24] += 0.5
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = here / "clean" / ("cat", "dog")[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).save(folder / f"{number}.png")
+    net = resnet18(num_classes=2)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # or its statistics would hardly have begun to fit
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    for _ in range(6):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net((images - 0.45) / 0.225), labels).backward()
+        optimizer.step()
+    torch.save(net.state_dict(), "handed.pth")
+    return net
+
+
+def test_audit_handed_weights(handed):
+    original = Path("handed.pth").read_bytes()
+    words = [f"--config={EXAMPLES / 'audit_handed_weights.yaml'}", "--ckpt_path=handed.pth", *CPU]
+    words += ["--unlearning.auditor.steps=2", "--unlearning.force=true"]
+    found = main(["audit", *words, "--output-dir=runs/audit_handed"])
+    assert found.num_classes == 2
+    method = "--unlearning.method=ChannelLipschitzPruning", "--unlearning.method.threshold=0.5"
+    done = main(["repair", *words, "--output-dir=runs/repair_handed", *method])
+    assert done.before["acc"] == 1
+    assert done.checkpoint == "runs/repair_handed/handed-unlearned.pth"
+    assert Path("handed.pth").read_bytes() == original
+    weights = torch.load(done.checkpoint, weights_only=True)
+    assert weights.keys() == handed.state_dict().keys()
+    handed.load_state_dict(weights)
 
 
 def test_audit_digits():

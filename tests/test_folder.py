@@ -76,6 +76,16 @@ def test_a_used_folder_is_refused(folder):
     assert names(folder) == [".hidden"]
 
 
+def test_what_a_run_that_failed_logged_is_in_nobodys_way(folder):
+    """Each run logs to a version of its own there."""
+    folder.fs.makedirs(folder.path("lightning_logs/version_0"))
+    folder.fs.pipe(folder.path("lightning_logs/version_0/hparams.yaml"), b"mine")
+    folder.refuse_used()
+    folder.fs.pipe(folder.path("report.json"), b"mine")
+    with pytest.raises(FileExistsError, match=r"exists and is not an empty folder"):
+        folder.refuse_used()
+
+
 def test_a_folder_on_this_machine_is_a_path(tmp_path):
     assert [Folder(url).local() for url in (tmp_path, f"file://{tmp_path}", "out")] == [tmp_path, tmp_path, Path("out")]
     with pytest.raises(ValueError, match=r"^output-dir: 'memory://bucket/run' is not on this machine, and this"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_unlearn.checkpoint import Checkpoint
 from lightning_unlearn.offline import load_into
 
 
@@ -77,7 +78,7 @@ def saved(**more: Any) -> dict[str, Any]:
 def load(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def load(model: L.LightningModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    def load(model: L.LightningModule, checkpoint: dict[str, Any]) -> Checkpoint:
         torch.save(checkpoint, "a.ckpt")
         trainer = SimpleNamespace(world_size=1)
         return load_into(SimpleNamespace(config={"ckpt_path": "a.ckpt"}, model=model, trainer=trainer))  # type: ignore[arg-type]
@@ -94,10 +95,23 @@ def test_the_weights_are_there_wherever_the_model_is_made(load, kind):
     assert model.net.bias.tolist() == [2, 2, 2] if kind is FromCheckpoint else [1, 1, 1]
 
 
+@pytest.mark.parametrize("kind", [Net, Configured, SetUp])
+@pytest.mark.parametrize("beginning", ["", "module.", "model.", "model._orig_mod."])
+@pytest.mark.parametrize("alone", [True, False])
+def test_weights_of_the_network_alone_or_of_another_module(load, kind, beginning, alone):
+    weights = {beginning + name[len("net.") :]: tensor for name, tensor in saved()["state_dict"].items()}
+    model = kind()
+    checkpoint = load(model, weights if alone else saved() | {"state_dict": weights})
+    assert model.net.weight.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert list(checkpoint.weights) == ["net.weight", "net.bias"]
+    found = checkpoint.repaired(model.state_dict())
+    assert list(found if alone else found["state_dict"]) == list(weights)
+
+
 def test_the_checkpoint_is_given_back_as_it_was(load):
     checkpoint = load(FromCheckpoint(), saved())
-    assert checkpoint["width"] == 2
-    assert checkpoint["state_dict"]["net.bias"].tolist() == [1, 1, 1]
+    assert checkpoint.content["width"] == 2
+    assert checkpoint.weights["net.bias"].tolist() == [1, 1, 1]
 
 
 def test_setup_is_left_out_where_nothing_is_missing(load, monkeypatch):
