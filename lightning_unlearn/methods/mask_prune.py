@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -15,10 +16,12 @@ from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, Teacher, check_range
 from lightning_unlearn.methods.fine_tuning import FineTuning
+from lightning_unlearn.methods.statistics import refresh, statistics_of_first
 from lightning_unlearn.methods.training import batches
 
 __all__ = ["MaskPrune"]
 
+_REFRESHES = 10  # by which statistics of the same few images hardly change any more
 _NEARLY_OFF, _HALF_OFF = 0.1, 0.5  # what "mixed" may prune, with augmentation and without
 _NO_GRADIENT = (
     "model: the unlearning loss has no gradient in any filter (all are zero), so no mask can be learned; check that "
@@ -70,6 +73,10 @@ class MaskPrune(RepairMethod):
         validate_every: steps from one validation to the next, each a round.
         accuracy_drop: α, the largest drop of accuracy on all clean images held, a fraction in (0, 1]: masks that cost
             more are drawn back towards 1 until they do not, and no pruning goes beyond it.
+        lasting: learn by BatchNorm statistics that follow the masks: in each step those of its clean images, under
+            which the victim that teaches answers likewise; and leave the model with those of the images to score. Masks
+            that are learned by the running statistics of training do not outlast these: once they are refreshed, as
+            further training or weight averaging does, most of the backdoor is back. Other norms have no statistics.
         finetune: fine-tune afterwards on clean and triggered images; ``True`` for 10 epochs at most, by the same
             teacher, with a learning rate of 1e-3.
 
@@ -100,6 +107,7 @@ class MaskPrune(RepairMethod):
         slack: float = 0.02,
         validate_every: int = 15,
         accuracy_drop: float = 0.1,
+        lasting: bool = False,
         finetune: bool | FineTuning = False,
     ) -> None:
         if teacher not in ("victim", "labels"):
@@ -129,6 +137,7 @@ class MaskPrune(RepairMethod):
         self.slack = slack
         self.validate_every = validate_every
         self.accuracy_drop = accuracy_drop
+        self.lasting = lasting
         if finetune is True:
             finetune = FineTuning(
                 triggered=True,
@@ -146,14 +155,20 @@ class MaskPrune(RepairMethod):
         """Learn the masks, cut, fine-tune where asked to."""
         floor = task.held_before.acc - self.accuracy_drop - 1e-6  # accuracies come as float32
         augment = self.augment and self.teacher == "victim" and self._bears_augmentation(task)
-        masks = yield from self._learn(task, floor, augment=augment)
+        masks = yield from self._learn(task, augment=augment)
+        if self.lasting:
+            with task.mask.scaled(masks):
+                _refresh(task, augment=augment)
+        masks = _back(task, masks, floor)
         self._cut(task, masks, floor, below=_NEARLY_OFF if augment else _HALF_OFF)
+        if self.lasting:
+            _refresh(task, augment=augment)
         yield task.round("prune", task.validate(), task.mask.pruned)
         if self.finetune:
             yield from self.finetune.repair(task)
 
-    def _learn(self, task: RepairTask, floor: float, *, augment: bool) -> Generator[Round, None, Tensor]:
-        """The masks that are learned, as far as they leave accuracy at or above ``floor``."""
+    def _learn(self, task: RepairTask, *, augment: bool) -> Generator[Round, None, Tensor]:
+        """The masks that are learned."""
         masks = torch.ones(task.mask.total, device=task.scoring.labels.device, requires_grad=True)
         optimizer = torch.optim.Adam([masks], lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
@@ -162,7 +177,8 @@ class MaskPrune(RepairMethod):
         for step, (pairs, wanted, weight) in enumerate(self._lessons(task, augment=augment), start=1):
             with task.watch.measure("score"):
                 weights = clean_weight, self.target_weight * (step - 1) / self.steps
-                gradient, unlearned = self._gradient(task, masks, pairs, wanted, *weights)
+                with statistics_of_first(task.model, 1 / 2) if self.lasting else nullcontext():
+                    gradient, unlearned = self._gradient(task, masks, pairs, wanted, *weights)
                 task.processes.average([gradient, unlearned], weight)
                 if step == 1:
                     _check_gradient(gradient)
@@ -176,7 +192,7 @@ class MaskPrune(RepairMethod):
                 with task.mask.scaled(learned):
                     now = task.validate()
                 yield task.round("learn", now)
-        return _back(task, learned, floor)
+        return learned
 
     def _cut(self, task: RepairTask, masks: Tensor, floor: float, *, below: float) -> None:
         """Leave of the masks what ``cut`` says, in the model."""
@@ -239,7 +255,7 @@ class MaskPrune(RepairMethod):
         def flipped_and_shifted() -> Iterator[Pairs]:
             for part in (task.scoring, task.validation):
                 for pairs in part.batches(task.batch_size):
-                    yield _flipped_and_shifted(task, pairs, generator)
+                    yield _flipped_and_shifted(task, pairs, generator)[task.processes.share(len(pairs))]
 
         before, now = task.held_before, evaluate(task.forward, flipped_and_shifted(), task.processes)
         drop = 2 * self.accuracy_drop + 1e-6  # by chance alone, a few images can cost α
@@ -253,14 +269,18 @@ class MaskPrune(RepairMethod):
         generator, left = task.generator(), self.steps
         while left:
             for chosen in batches(task, self.batch_size, generator):
-                mine = chosen[task.processes.share(len(chosen))]
-                pairs, wanted = task.scoring[mine], task.wanted(self.teacher)[mine]
-                if augment:
-                    with torch.no_grad(), task.watch.measure("score"):
-                        pairs = _flipped_and_shifted(task, task.scoring[chosen], generator)
-                        if len(pairs):
+                # Statistics are those of a whole batch, so that each process then takes all of it.
+                share = slice(None) if self.lasting else task.processes.share(len(chosen))
+                with torch.no_grad(), task.watch.measure("score"):
+                    pairs, wanted = task.scoring[chosen], task.wanted(self.teacher)[chosen][share]
+                    if augment:
+                        pairs = _flipped_and_shifted(task, pairs, generator)
+                    pairs = pairs[share]
+                    if len(pairs) and (augment or (self.lasting and self.teacher == "victim")):
+                        with statistics_of_first(task.model, 1.0) if self.lasting else nullcontext():
                             wanted = task.logits(pairs.clean).softmax(1)
-                yield pairs, self._softened(wanted), len(mine) / len(chosen)
+                weight = 1 / task.processes.count if self.lasting else len(pairs) / len(chosen)
+                yield pairs, self._softened(wanted), weight
                 left -= 1
                 if not left:
                     break
@@ -271,11 +291,23 @@ class MaskPrune(RepairMethod):
 
 
 def _flipped_and_shifted(task: RepairTask, pairs: Pairs, generator: torch.Generator) -> Pairs:
-    """This process's share of pairs, made anew; all are made, so that every process draws the same."""
+    """Pairs made anew, before a process takes its share of them, so that every process draws the same."""
     images = flip_and_shift(pairs.clean, generator)
     # All are stamped, since a pool deals its triggers, and their targets, out by an image's place in the batch.
     targets = task.trigger.targets(pairs.labels, task.answers.shape[1])
-    return Pairs(images, task.trigger(images), pairs.labels, targets)[task.processes.share(len(pairs))]
+    return Pairs(images, task.trigger(images), pairs.labels, targets)
+
+
+def _refresh(task: RepairTask, *, augment: bool) -> None:
+    """Give the masked or cut model running statistics of the clean images, many times anew or as they are."""
+    generator = task.generator()
+
+    def batches() -> Iterator[Tensor]:
+        for _ in range(_REFRESHES if augment else 1):
+            for pairs in task.scoring.batches(task.batch_size):
+                yield flip_and_shift(pairs.clean, generator) if augment else pairs.clean.clone()
+
+    refresh(task.model, task.forward, batches())
 
 
 def _sent_to_target(logits: Tensor, targets: Tensor, answers: Tensor) -> Tensor:

@@ -8,8 +8,11 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - the usual name
 from torch.utils.data import TensorDataset
 
+from lightning_unlearn import repair
+from lightning_unlearn.data import Digits
 from lightning_unlearn.methods import FineTuning, MaskPrune
 from lightning_unlearn.methods.mask_prune import _sent_to_target
+from lightning_unlearn.methods.statistics import refresh
 from lightning_unlearn.triggers import PatchTrigger
 from tests.methods.small_masks import CUTS, NETS, assert_pruned_is_zero, factors, learn
 
@@ -238,6 +241,53 @@ def test_the_seed_decides(new_task, cut):
         assert not torch.equal(states[0], states[2])
 
 
+# What lasts
+
+
+def refreshed(net, images):
+    """The net with running statistics of images, which is all that weight averaging, or a rate of 0, would do."""
+    net = copy.deepcopy(net)
+    refresh(net, net, images.split(100))
+    return net
+
+
+def test_what_is_learned_by_the_statistics_that_will_be_outlasts_the_old_ones(digits_victim):
+    images = Digits(part="train", size=16).images
+    asr = {}
+    for lasting in (False, True):
+        net = digits_victim.fresh()
+        repair(net, digits_victim.holdout, trigger=digits_victim.trigger, method=MaskPrune(lasting=lasting), force=True)
+        now, then = digits_victim.measure(net), digits_victim.measure(refreshed(net, images))
+        assert min(now.acc, then.acc) >= digits_victim.before.acc - 0.03
+        asr[lasting] = now.asr, then.asr
+    assert asr[False][0] <= 0.05
+    assert asr[False][1] >= 0.2
+    assert max(asr[True]) <= 0.05
+
+
+@pytest.mark.parametrize("name", ["plain", "group_norm"])
+def test_without_running_statistics_nothing_is_else(new_task, name):
+    states = []
+    for lasting in (False, True):
+        task = new_task(name)
+        list(learn(lasting=lasting).repair(task))
+        states.append(task.model.state_dict())
+    for key, tensor in states[0].items():  # the victim's answers are computed in other batches
+        torch.testing.assert_close(states[1][key], tensor)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_the_model_is_left_with_the_statistics_of_the_images_to_score(new_task, augment):
+    task = new_task("vgg")
+    before = copy.deepcopy(task.model)
+    list(learn(lasting=True, augment=augment).repair(task))
+    norm, old = task.model[1], before[1]
+    assert not torch.equal(norm.running_mean, old.running_mean)
+    assert norm.num_batches_tracked == old.num_batches_tracked
+    if not augment:
+        torch.testing.assert_close(norm.running_mean, task.model[0](task.scoring.clean).mean((0, 2, 3)))
+
+
 # Leaving early
 
 
@@ -259,8 +309,8 @@ def test_closing_early_displaces_nothing(new_task, name, rounds):
     assert all(torch.equal(tensor, state[key]) for key, tensor in task.model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["vgg", "plain"])
-def test_an_exception_anywhere_displaces_nothing(new_task, name):
+@pytest.mark.parametrize(("name", "lasting"), [("vgg", False), ("vgg", True), ("plain", False)])
+def test_an_exception_anywhere_displaces_nothing(new_task, name, lasting):
     calls = limit = 0
 
     def forward(images):
@@ -276,12 +326,13 @@ def test_an_exception_anywhere_displaces_nothing(new_task, name):
         parameters = list(task.model.parameters())
         task.forward = forward
         try:
-            list(learn(cut="soft", steps=2, validate_every=2).repair(task))
+            list(learn(cut="soft", steps=2, validate_every=2, lasting=lasting).repair(task))
             finished = True
         except KeyboardInterrupt:
             limit += 1
         assert all(now is before for now, before in zip(task.model.parameters(), parameters, strict=True))
         assert all(isinstance(tensor, torch.nn.Parameter) for tensor in parameters)
+        assert not any(module.training or module._forward_pre_hooks for module in task.model.modules())
     assert limit >= 5
 
 
