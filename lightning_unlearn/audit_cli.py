@@ -26,6 +26,8 @@ __all__ = ["audit"]
 class _AuditCLI(CheckpointCLI):
     """What every command on a checkpoint takes, and how to print the verdict."""
 
+    command = "audit"
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument(

@@ -33,6 +33,8 @@ _INTERRUPTED = 130  # as shells have it
 class _CompareCLI(CheckpointCLI):
     """Takes what ``repair`` takes, and which methods to compare."""
 
+    command = "compare"
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument(

@@ -28,11 +28,14 @@ _T = TypeVar("_T")
 class CheckpointCLI(LightningCLI):
     """LightningCLI that builds model, callback and Trainer, and runs nothing by itself."""
 
+    command = "repair"
+
     def __init__(self, args: Sequence[str]) -> None:
         with from_python():
             super().__init__(
                 args=list(args),
                 run=False,
+                parser_kwargs={"prog": f"lightning-unlearn {self.command}"},
                 # Else a DataModule nested in the callback silently gets the training DataModule's hyper-parameters.
                 load_from_checkpoint_support=False,
                 save_config_callback=None,

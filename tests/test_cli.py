@@ -90,6 +90,13 @@ def test_commands_are_listed(capsys, words, code):
         assert all(command in printed for command in ("demo", "fit", "repair"))
 
 
+@pytest.mark.parametrize("command", ["audit", "compare", "demo", "repair"])
+def test_usage_names_the_command(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: lightning-unlearn {command} [")
+
+
 def test_words_of_the_process(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lightning-unlearn", "demo", "--help"])
     with pytest.raises(SystemExit):
