@@ -237,10 +237,19 @@ def test_broken_checkpoint(victim):
         repair(ckpt="broken.ckpt")
 
 
-def test_other_files_of_torch(victim):
-    torch.save({"weights": torch.zeros(1)}, "other.ckpt")
-    with pytest.raises(ValueError, match=r"ckpt_path: 'other.ckpt' is no Lightning checkpoint: .*'state_dict'"):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ([torch.zeros(1)], r"holds no weights; expected a Lightning checkpoint, a .safetensors file, or"),
+        ({"weights": torch.zeros(1)}, r"does not fit ConvClassifier as the configuration makes it"),
+    ],
+    ids=["no weights", "other weights"],
+)
+def test_other_files_of_torch(victim, content, problem):
+    torch.save(content, "other.ckpt")
+    with pytest.raises(ValueError, match=rf"^ckpt_path: 'other.ckpt' {problem}"):
         repair(ckpt="other.ckpt")
+    assert files(victim) == ["original.ckpt", "other.ckpt", "repair.yaml"]
 
 
 class Harm:

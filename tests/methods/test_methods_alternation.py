@@ -291,13 +291,14 @@ def test_images_made_anew_go_to_the_class_of_the_trigger_that_they_carry(task, m
     pool = [AdditiveTrigger((c + 1) / 10 * torch.ones(1, 4, 4), target=c) for c in range(3)]
     stage = Alternation(strength=1.0)._task(task, pool)
     monkeypatch.setattr(mask_prune, "flip_and_shift", lambda images, generator: 0 * images)
-    chosen = torch.randperm(len(stage.scoring), generator=torch.Generator().manual_seed(0))[:14]
+    chosen = torch.randperm(len(stage.scoring), generator=stage.generator())[:14]  # as batches are drawn
     made = []
     for number in range(shares):
         stage.processes = SimpleNamespace(
-            share=lambda total, n=number: slice(n * total // shares, (n + 1) * total // shares)
+            count=shares, share=lambda total, n=number: slice(n * total // shares, (n + 1) * total // shares)
         )
-        made.append(mask_prune._flipped_and_shifted(stage, stage.scoring[chosen], torch.Generator()))
+        (lesson,) = MaskPrune(steps=1, batch_size=14)._lessons(stage, augment=True)
+        made.append(lesson[0])
     images, targets, labels = (
         torch.cat([getattr(part, name) for part in made]) for name in ("triggered", "targets", "labels")
     )
