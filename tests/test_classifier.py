@@ -24,14 +24,20 @@ def test_three_stages_of_two():
     assert [layer.name for layer in layers] == [f"features.{index}" for index in (0, 3, 6, 9, 12, 15)]
 
 
-def test_learns_and_can_be_loaded(tmp_path):
-    torch.manual_seed(0)
-    model = ConvClassifier(width=8, learning_rate=0.05)
+def trained(model, folder):
+    """The Trainer that trained a model for four epochs of small digits."""
     trainer = L.Trainer(
-        max_epochs=4, accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False,
+        max_epochs=4, accelerator="cpu", default_root_dir=folder, logger=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(model, DigitsDataModule(size=8, batch_size=50))
+    return trainer
+
+
+def test_learns_and_can_be_loaded(tmp_path):
+    torch.manual_seed(0)
+    model = ConvClassifier(width=8, learning_rate=0.05)
+    trainer = trained(model, tmp_path)
     assert trainer.callback_metrics["val_acc"] > 0.6
     # The one cycle ends with training, at almost no learning rate.
     assert trainer.optimizers[0].param_groups[0]["lr"] < 0.05 / 100
@@ -46,11 +52,7 @@ def test_any_network_is_trained_and_loaded(tmp_path):
 
     torch.manual_seed(0)
     model = Classifier(network(), learning_rate=0.05)
-    trainer = L.Trainer(
-        max_epochs=4, accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(model, DigitsDataModule(size=8, batch_size=50))
+    trainer = trained(model, tmp_path)
     assert trainer.callback_metrics["val_acc"] > 0.6
     path = trainer.checkpoint_callback.best_model_path
     assert torch.load(path, weights_only=True)["hyper_parameters"] == {"learning_rate": 0.05}
