@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import TensorDataset
 
 from benchmarks.datasets import load
@@ -17,14 +18,13 @@ from benchmarks.victims import Victim, attack_trigger, measure, train
 from lightning_unlearn import repair
 from lightning_unlearn.data.augmentation import flip_and_shift
 from lightning_unlearn.methods import GradPrune, MaskPrune, RepairMethod
-from lightning_unlearn.methods.statistics import refresh
 
 __all__ = ["refreshed", "row", "trained_on"]
 
 _METHODS: dict[str, RepairMethod | None] = {
     "none": None,
     "MaskPrune": MaskPrune(),
-    "MaskPrune, lasting": MaskPrune(lasting=True),
+    "MaskPrune, not lasting": MaskPrune(lasting=False),
     "GradPrune": GradPrune(),
 }
 _IMAGES, _BATCH, _TEST_IMAGES = 5_000, 128, 2_000
@@ -33,7 +33,7 @@ _IMAGES, _BATCH, _TEST_IMAGES = 5_000, 128, 2_000
 def refreshed(net: nn.Module, images: Tensor) -> nn.Module:
     """The network with BatchNorm statistics of images, flipped and shifted."""
     net, generator = copy.deepcopy(net), torch.Generator().manual_seed(1)
-    refresh(net, net, (flip_and_shift(part, generator) for part in images.split(_BATCH)))
+    update_bn((flip_and_shift(part, generator) for part in images.split(_BATCH)), net)
     return net
 
 

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
-from lightning_unlearn.data.augmentation import flip_and_shift
-from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.evaluation import Evaluation, evaluate
 from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, Teacher, check_range
 from lightning_unlearn.methods.fine_tuning import FineTuning
-from lightning_unlearn.methods.statistics import refresh, statistics_of_first
-from lightning_unlearn.methods.training import batches
+from lightning_unlearn.methods.lessons import Lesson, Settling, bears_augmentation, lessons
+from lightning_unlearn.methods.mask_cut import Cut, cut, drawn_back
+from lightning_unlearn.methods.statistics import following, has_statistics
 
 __all__ = ["MaskPrune"]
 
-_REFRESHES = 10  # by which statistics of the same few images hardly change any more
 _NEARLY_OFF, _HALF_OFF = 0.1, 0.5  # what "mixed" may prune, with augmentation and without
 _NO_GRADIENT = (
     "model: the unlearning loss has no gradient in any filter (all are zero), so no mask can be learned; check that "
@@ -73,10 +69,10 @@ class MaskPrune(RepairMethod):
         validate_every: steps from one validation to the next, each a round.
         accuracy_drop: α, the largest drop of accuracy on all clean images held, a fraction in (0, 1]: masks that cost
             more are drawn back towards 1 until they do not, and no pruning goes beyond it.
-        lasting: learn by BatchNorm statistics that follow the masks: in each step those of its clean images, under
-            which the victim that teaches answers likewise; and leave the model with those of the images to score. Masks
-            that are learned by the running statistics of training do not outlast these: once they are refreshed, as
-            further training or weight averaging does, most of the backdoor is back. Other norms have no statistics.
+        lasting: learn by the BatchNorm statistics that the masks bring about, and leave the model with them: they
+            follow those of the clean images to score. Masks that are learned by the statistics of training do not
+            outlast these: once they are refreshed, as further training or weight averaging does, most of the backdoor
+            is back. Each of several processes then goes through all images of a step. Other norms have no statistics.
         finetune: fine-tune afterwards on clean and triggered images; ``True`` for 10 epochs at most, by the same
             teacher, with a learning rate of 1e-3.
 
@@ -95,8 +91,8 @@ class MaskPrune(RepairMethod):
         self,
         *,
         teacher: Teacher = "victim",
-        cut: Literal["soft", "mixed", "hard"] = "mixed",
-        steps: int = 75,
+        cut: Cut = "mixed",
+        steps: int = 70,
         learning_rate: float = 0.075,
         batch_size: int = 32,
         clean_weight: float = 8.0,
@@ -105,9 +101,9 @@ class MaskPrune(RepairMethod):
         sparsity: float = 1e-2,
         augment: bool = True,
         slack: float = 0.02,
-        validate_every: int = 15,
+        validate_every: int = 14,
         accuracy_drop: float = 0.1,
-        lasting: bool = False,
+        lasting: bool = True,
         finetune: bool | FineTuning = False,
     ) -> None:
         if teacher not in ("victim", "labels"):
@@ -154,32 +150,38 @@ class MaskPrune(RepairMethod):
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Learn the masks, cut, fine-tune where asked to."""
         floor = task.held_before.acc - self.accuracy_drop - 1e-6  # accuracies come as float32
-        augment = self.augment and self.teacher == "victim" and self._bears_augmentation(task)
-        masks = yield from self._learn(task, augment=augment)
-        if self.lasting:
-            with task.mask.scaled(masks):
-                _refresh(task, augment=augment)
-        masks = _back(task, masks, floor)
-        self._cut(task, masks, floor, below=_NEARLY_OFF if augment else _HALF_OFF)
-        if self.lasting:
-            _refresh(task, augment=augment)
+        augment = self.augment and self.teacher == "victim" and bears_augmentation(task, self.accuracy_drop)
+        lasting = self.lasting and has_statistics(task.model)
+        settle = Settling(task, augment=augment) if lasting else _nothing
+        masks = yield from self._learn(task, augment=augment, lasting=lasting)
+        masks = drawn_back(task, masks, floor, settle)
+        below = _NEARLY_OFF if augment else _HALF_OFF
+        cut(task, masks, self.cut, settle, floor=floor, below=below, slack=self.slack)
         yield task.round("prune", task.validate(), task.mask.pruned)
         if self.finetune:
             yield from self.finetune.repair(task)
 
-    def _learn(self, task: RepairTask, *, augment: bool) -> Generator[Round, None, Tensor]:
+    def _learn(self, task: RepairTask, *, augment: bool, lasting: bool) -> Generator[Round, None, Tensor]:
         """The masks that are learned."""
         masks = torch.ones(task.mask.total, device=task.scoring.labels.device, requires_grad=True)
         optimizer = torch.optim.Adam([masks], lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         # The same few images in each step are soon fitted: the trigger must count for more to be gone on others, too.
         clean_weight = self.clean_weight if augment else self.clean_weight / 2
-        for step, (pairs, wanted, weight) in enumerate(self._lessons(task, augment=augment), start=1):
+        drawn = lessons(
+            task,
+            self.steps,
+            teacher=self.teacher,
+            batch_size=self.batch_size,
+            augment=augment,
+            following=lasting,
+        )
+        for step, lesson in enumerate(drawn, start=1):
             with task.watch.measure("score"):
                 weights = clean_weight, self.target_weight * (step - 1) / self.steps
-                with statistics_of_first(task.model, 1 / 2) if self.lasting else nullcontext():
-                    gradient, unlearned = self._gradient(task, masks, pairs, wanted, *weights)
-                task.processes.average([gradient, unlearned], weight)
+                with following(task.model, lesson.seen, 1 / 2) if lasting else nullcontext():
+                    gradient, unlearned = self._gradient(task, masks, lesson, *weights)
+                task.processes.average([gradient, unlearned], lesson.weight)
                 if step == 1:
                     _check_gradient(gradient)
                 masks.grad = gradient - self.sparsity * unlearned
@@ -194,50 +196,27 @@ class MaskPrune(RepairMethod):
                 yield task.round("learn", now)
         return learned
 
-    def _cut(self, task: RepairTask, masks: Tensor, floor: float, *, below: float) -> None:
-        """Leave of the masks what ``cut`` says, in the model."""
-        # What was pruned before has no gradient, so that its mask says nothing.
-        gone = task.mask.flat(masks.device)
-        earlier = len(task.mask.pruned)
-        if self.cut != "hard":
-            task.mask.fold(masks)
-        if self.cut == "soft":
-            return
-        order = masks.masked_fill(gone, torch.inf).argsort(stable=True)[: len(masks) - earlier]
-        lowest_first = [task.mask.locate(index) for index in order.tolist()]
-        done = len(task.mask.pruned) - earlier
-        lowered = int(((masks < (1 if self.cut == "hard" else below)) & ~gone).sum())
-        best_loss, kept = _loss(task.measure()), task.mask.steps
-        allowed = best_loss + self.slack if self.cut == "mixed" else best_loss
-        for count in _growing(done, lowered):
-            task.mask.prune(lowest_first[len(task.mask.pruned) - earlier : count])
-            now = task.measure()
-            loss = _loss(now)
-            if loss <= allowed and now.acc >= floor:
-                allowed = allowed if self.cut == "mixed" else loss
-                kept = task.mask.steps
-            elif self.cut == "mixed" and loss > best_loss + 10 * self.slack:
-                break  # one channel too many can be made good by the next, but not by so much
-        task.mask.undo(task.mask.steps - kept)
-
     def _gradient(
-        self, task: RepairTask, masks: Tensor, pairs: Pairs, wanted: Tensor, clean_weight: float, target_weight: float
+        self, task: RepairTask, masks: Tensor, lesson: Lesson, clean_weight: float, target_weight: float
     ) -> tuple[Tensor, Tensor]:
         """Of the disagreement on some images, and the share of triggered ones that are answered as wanted."""
-        if not len(pairs):  # all went to other processes
+        if not len(lesson.pairs):  # all went to other processes
             return torch.zeros_like(masks, requires_grad=False), torch.zeros((), device=masks.device)
         with task.mask.scaled(masks):
-            loss, unlearned = self._disagreement(task, pairs, wanted, clean_weight, target_weight)
+            loss, unlearned = self._disagreement(task, lesson, clean_weight, target_weight)
             (gradient,) = gradients(loss, [masks])
         if gradient is None:
             raise ValueError(_NO_GRADIENT)
         return gradient, unlearned
 
     def _disagreement(
-        self, task: RepairTask, pairs: Pairs, wanted: Tensor, clean_weight: float, target_weight: float
+        self, task: RepairTask, lesson: Lesson, clean_weight: float, target_weight: float
     ) -> tuple[Tensor, Tensor]:
         """λ·D(x) + D(T(x)) − ω·log(1 − p_target(T(x))), and the share of triggered images answered as wanted."""
-        scale = self.temperature if self.teacher == "victim" else 1.0
+        pairs, wanted, scale = lesson.pairs, lesson.wanted, 1.0
+        if self.teacher == "victim":  # whose logits are known but for a constant
+            scale = self.temperature
+            wanted = (wanted.log() / scale).softmax(1)
         logits = task.logits(torch.cat([pairs.clean, pairs.triggered]))
         # For one-hot answers the divergence is the cross-entropy.
         clean, triggered = (
@@ -248,95 +227,15 @@ class MaskPrune(RepairMethod):
         loss = scale * (clean_weight * clean + triggered) + target_weight * sent
         return loss, (backdoored.argmax(1) == answers).float().mean()
 
-    def _bears_augmentation(self, task: RepairTask) -> bool:
-        """Whether victim and backdoor do on flipped and shifted images what they do on those held, within 2α."""
-        generator = task.generator()
 
-        def flipped_and_shifted() -> Iterator[Pairs]:
-            for part in (task.scoring, task.validation):
-                for pairs in part.batches(task.batch_size):
-                    yield _flipped_and_shifted(task, pairs, generator)[task.processes.share(len(pairs))]
-
-        before, now = task.held_before, evaluate(task.forward, flipped_and_shifted(), task.processes)
-        drop = 2 * self.accuracy_drop + 1e-6  # by chance alone, a few images can cost α
-        return now.acc >= before.acc - drop and not now.asr < before.asr - drop  # ASR is NaN where all are the target's
-
-    def _lessons(self, task: RepairTask, *, augment: bool) -> Iterator[tuple[Pairs, Tensor, float]]:
-        """``steps`` batches with what to answer, (B, C) probabilities; each epoch in a new order.
-
-        With several processes it is what this one takes of each batch, maybe nothing, and which part that is of it.
-        """
-        generator, left = task.generator(), self.steps
-        while left:
-            for chosen in batches(task, self.batch_size, generator):
-                # Statistics are those of a whole batch, so that each process then takes all of it.
-                share = slice(None) if self.lasting else task.processes.share(len(chosen))
-                with torch.no_grad(), task.watch.measure("score"):
-                    pairs, wanted = task.scoring[chosen], task.wanted(self.teacher)[chosen][share]
-                    if augment:
-                        pairs = _flipped_and_shifted(task, pairs, generator)
-                    pairs = pairs[share]
-                    if len(pairs) and (augment or (self.lasting and self.teacher == "victim")):
-                        with statistics_of_first(task.model, 1.0) if self.lasting else nullcontext():
-                            wanted = task.logits(pairs.clean).softmax(1)
-                weight = 1 / task.processes.count if self.lasting else len(pairs) / len(chosen)
-                yield pairs, self._softened(wanted), weight
-                left -= 1
-                if not left:
-                    break
-
-    def _softened(self, wanted: Tensor) -> Tensor:
-        """The victim's answers at the temperature: logits are known but for a constant."""
-        return wanted if self.teacher == "labels" else (wanted.log() / self.temperature).softmax(1)
-
-
-def _flipped_and_shifted(task: RepairTask, pairs: Pairs, generator: torch.Generator) -> Pairs:
-    """Pairs made anew, before a process takes its share of them, so that every process draws the same."""
-    images = flip_and_shift(pairs.clean, generator)
-    # All are stamped, since a pool deals its triggers, and their targets, out by an image's place in the batch.
-    targets = task.trigger.targets(pairs.labels, task.answers.shape[1])
-    return Pairs(images, task.trigger(images), pairs.labels, targets)
-
-
-def _refresh(task: RepairTask, *, augment: bool) -> None:
-    """Give the masked or cut model running statistics of the clean images, many times anew or as they are."""
-    generator = task.generator()
-
-    def batches() -> Iterator[Tensor]:
-        for _ in range(_REFRESHES if augment else 1):
-            for pairs in task.scoring.batches(task.batch_size):
-                yield flip_and_shift(pairs.clean, generator) if augment else pairs.clean.clone()
-
-    refresh(task.model, task.forward, batches())
+def _nothing() -> None:
+    """Settle no statistics."""
 
 
 def _sent_to_target(logits: Tensor, targets: Tensor, answers: Tensor) -> Tensor:
     """−log(1 − p_target), where images that are to be answered so count as 0."""
     others = logits.scatter(1, targets[:, None], -torch.inf)
     return ((logits.logsumexp(1) - others.logsumexp(1)) * (answers != targets)).mean()
-
-
-def _back(task: RepairTask, masks: Tensor, floor: float) -> Tensor:
-    """The masks, or what lies as little of the way back to 1 as brings accuracy to ``floor``, in tenths."""
-    for tenths in range(10, 0, -1):
-        nearer = 1 - (1 - masks) * (tenths / 10)
-        with task.mask.scaled(nearer):
-            if task.measure().acc >= floor:
-                return nearer
-    return torch.ones_like(masks)
-
-
-def _growing(low: int, high: int) -> list[int]:
-    """Counts above ``low`` up to ``high``, each about a quarter more than the last, so that there are few to try."""
-    counts = []
-    while low < high:
-        low = min(high, max(low + 1, low * 5 // 4))
-        counts.append(low)
-    return counts
-
-
-def _loss(now: Evaluation) -> float:
-    return now.loss + now.unlearning_loss
 
 
 def _check_gradient(gradient: Tensor) -> None:

@@ -18,9 +18,11 @@ CUTS = ("soft", "mixed", "hard")
 
 
 def learn(**options):
-    """Few, large steps on all images, without limits: what is learned is what is cut."""
+    """Few, large steps on all images, without limits: what is learned is what is cut, and nothing else changes."""
     defaults = {"steps": 6, "learning_rate": 0.2, "batch_size": 1000, "sparsity": 0.0, "accuracy_drop": 1.0}
-    return MaskPrune(**{**defaults, "augment": False, "clean_weight": 2.0, "temperature": 1.0, **options})
+    return MaskPrune(
+        **{**defaults, "lasting": False, "augment": False, "clean_weight": 2.0, "temperature": 1.0, **options}
+    )
 
 
 @pytest.fixture

@@ -6,13 +6,14 @@ import dataclasses
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 - the usual name
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import TensorDataset
 
 from lightning_unlearn import repair
 from lightning_unlearn.data import Digits
 from lightning_unlearn.methods import FineTuning, MaskPrune
+from lightning_unlearn.methods.lessons import Settling
 from lightning_unlearn.methods.mask_prune import _sent_to_target
-from lightning_unlearn.methods.statistics import refresh
 from lightning_unlearn.triggers import PatchTrigger
 from tests.methods.small_masks import CUTS, NETS, assert_pruned_is_zero, factors, learn
 
@@ -169,9 +170,9 @@ def test_the_price_of_the_target_by_hand():
 def test_the_price_of_the_target_rises_from_nothing(new_task, monkeypatch):
     seen, real = [], MaskPrune._disagreement
 
-    def spy(self, task, pairs, wanted, clean_weight, target_weight):
+    def spy(self, task, lesson, clean_weight, target_weight):
         seen.append((clean_weight, target_weight))
-        return real(self, task, pairs, wanted, clean_weight, target_weight)
+        return real(self, task, lesson, clean_weight, target_weight)
 
     monkeypatch.setattr(MaskPrune, "_disagreement", spy)
     list(learn(steps=4, target_weight=8.0).repair(new_task()))
@@ -244,11 +245,20 @@ def test_the_seed_decides(new_task, cut):
 # What lasts
 
 
+def logits(task):
+    with torch.no_grad():
+        return task.model(task.validation.clean)
+
+
+def statistics_of(model):
+    return [tensor.clone() for key, tensor in model.state_dict().items() if "running" in key]
+
+
 def refreshed(net, images):
     """The net with running statistics of images, which is all that weight averaging, or a rate of 0, would do."""
     net = copy.deepcopy(net)
-    refresh(net, net, images.split(100))
-    return net
+    update_bn(images.split(100), net)
+    return net.eval()
 
 
 def test_what_is_learned_by_the_statistics_that_will_be_outlasts_the_old_ones(digits_victim):
@@ -276,16 +286,27 @@ def test_without_running_statistics_nothing_is_else(new_task, name):
         torch.testing.assert_close(states[1][key], tensor)
 
 
+@pytest.mark.parametrize("name", ["vgg", "preact"])
 @pytest.mark.parametrize("augment", [False, True])
-def test_the_model_is_left_with_the_statistics_of_the_images_to_score(new_task, augment):
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_model_is_left_with_the_statistics_that_its_weights_bring_about(new_task, name, augment, cut):
+    task = new_task(name)
+    settle = Settling(task, augment=augment)
+    list(learn(lasting=True, augment=augment, cut=cut).repair(task))
+    assert torch.equal(logits(task), logits(task))
+    found, statistics = logits(task), statistics_of(task.model)
+    assert all(int(count) == 0 for key, count in task.model.state_dict().items() if key.endswith("num_batches_tracked"))
+    assert any(not torch.equal(now, old) for now, old in zip(statistics, statistics_of(task.original), strict=True))
+    settle()
+    torch.testing.assert_close(logits(task), found, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(statistics_of(task.model), statistics, rtol=1e-3, atol=1e-5)
+
+
+def test_where_no_mask_is_learned_the_statistics_stay(new_task):
     task = new_task("vgg")
-    before = copy.deepcopy(task.model)
-    list(learn(lasting=True, augment=augment).repair(task))
-    norm, old = task.model[1], before[1]
-    assert not torch.equal(norm.running_mean, old.running_mean)
-    assert norm.num_batches_tracked == old.num_batches_tracked
-    if not augment:
-        torch.testing.assert_close(norm.running_mean, task.model[0](task.scoring.clean).mean((0, 2, 3)))
+    expected = statistics_of(copy.deepcopy(task.model))
+    list(learn(lasting=True, learning_rate=1e-12, slack=0.0, steps=1).repair(task))
+    torch.testing.assert_close(statistics_of(task.model), expected, rtol=1e-4, atol=1e-6)
 
 
 # Leaving early

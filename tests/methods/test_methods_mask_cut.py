@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_unlearn.methods import MaskPrune
+from lightning_unlearn.methods.mask_cut import cut
 from lightning_unlearn.triggers import PatchTrigger
 from tests.methods.small_masks import CUTS, NETS, assert_pruned_is_zero, factors, learn
 
@@ -175,9 +176,9 @@ def test_pruning_costs_no_more_than_alpha_either(hand_victim, make_task, accurac
     assert task.measure().acc >= 1 - accuracy_drop - 1e-6
 
 
-@pytest.mark.parametrize("cut", ["mixed", "hard"])
+@pytest.mark.parametrize("how", ["mixed", "hard"])
 @pytest.mark.parametrize("earlier", [(), (4, 8), (0, 4, 8, 9), tuple(range(6))])
-def test_what_was_pruned_before_takes_no_place(make_net, make_clean, make_task, cut, earlier):
+def test_what_was_pruned_before_takes_no_place(make_net, make_clean, make_task, how, earlier):
     # The masks of what is pruned have no gradient and stay at 1.
     task = make_task(make_net("vgg", seed=1), make_clean(8), PatchTrigger(size=5, target=1))
     order = [6, 10, 9, 2, 7]
@@ -186,11 +187,12 @@ def test_what_was_pruned_before_takes_no_place(make_net, make_clean, make_task, 
     low = [index for index in order if index not in earlier]
     for place, index in enumerate(low):
         masks[index] = 0.01 * place  # the first is folded away
-    method = learn(cut=cut, slack=1e9)
-    seen = []
+    seen, settled = [], []
     prune = task.mask.prune
     task.mask.prune = lambda filters: seen.extend(filters) or prune(filters)
-    method._cut(task, masks, floor=-1.0, below=0.1)
+    cut(task, masks, how, lambda: settled.append(task.mask.pruned), floor=-1.0, below=0.1, slack=1e9)
     assert seen == [task.mask.locate(index) for index in low]
-    if cut == "mixed":  # nothing is taken back at any price
+    assert len(settled) == 2  # before channels are cut, and once they are
+    assert settled[-1] == task.mask.pruned
+    if how == "mixed":  # nothing is taken back at any price
         assert list(task.mask.pruned) == [task.mask.locate(index) for index in (*earlier, *low)]

@@ -1,0 +1,88 @@
+"""What becomes of learned masks: they are drawn back, folded into the weights, and cut where they are nearly off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_unlearn.evaluation import Evaluation
+from lightning_unlearn.methods.base import RepairTask
+
+__all__ = ["Cut", "cut", "drawn_back"]
+
+Cut: TypeAlias = Literal["soft", "mixed", "hard"]
+
+
+def drawn_back(task: RepairTask, masks: Tensor, floor: float, settle: Callable[[], None]) -> Tensor:
+    """The masks, or what lies as little of the way back to 1 as brings accuracy to ``floor``, in tenths.
+
+    Args:
+        task: whose images decide.
+        masks: (total,) factors in [0, 1] by flat index.
+        floor: the lowest accuracy on all clean images held.
+        settle: what to call before the model is measured with other channels than before.
+    """
+    for tenths in range(10, 0, -1):
+        nearer = 1 - (1 - masks) * (tenths / 10)
+        with task.mask.scaled(nearer):
+            settle()
+            if task.measure().acc >= floor:
+                return nearer
+    return torch.ones_like(masks)
+
+
+def cut(
+    task: RepairTask, masks: Tensor, how: Cut, settle: Callable[[], None], *, floor: float, below: float, slack: float
+) -> None:
+    """Leave of the masks what ``how`` says, in the model.
+
+    Args:
+        task: whose images decide what to prune.
+        masks: (total,) factors in [0, 1] by flat index.
+        how: as :class:`~lightning_unlearn.methods.MaskPrune` says.
+        settle: what to call once the model's channels are no longer what they were.
+        floor: the lowest accuracy on all clean images held that pruning may leave.
+        below: which masks ``"mixed"`` may prune.
+        slack: by how much it may raise L_clean + L_u, in nats.
+    """
+    # What was pruned before has no gradient, so that its mask says nothing.
+    gone = task.mask.flat(masks.device)
+    earlier = len(task.mask.pruned)
+    if how != "hard":
+        task.mask.fold(masks)
+    settle()
+    if how == "soft":
+        return
+    order = masks.masked_fill(gone, torch.inf).argsort(stable=True)[: len(masks) - earlier]
+    lowest_first = [task.mask.locate(index) for index in order.tolist()]
+    done = len(task.mask.pruned) - earlier
+    lowered = int(((masks < (1 if how == "hard" else below)) & ~gone).sum())
+    best_loss, kept = _loss(task.measure()), task.mask.steps
+    allowed = best_loss + slack if how == "mixed" else best_loss
+    for count in _growing(done, lowered):
+        task.mask.prune(lowest_first[len(task.mask.pruned) - earlier : count])
+        now = task.measure()
+        loss = _loss(now)
+        if loss <= allowed and now.acc >= floor:
+            allowed = allowed if how == "mixed" else loss
+            kept = task.mask.steps
+        elif how == "mixed" and loss > best_loss + 10 * slack:
+            break  # one channel too many can be made good by the next, but not by so much
+    task.mask.undo(task.mask.steps - kept)
+    settle()
+
+
+def _growing(low: int, high: int) -> list[int]:
+    """Counts above ``low`` up to ``high``, each about a quarter more than the last, so that there are few to try."""
+    counts = []
+    while low < high:
+        low = min(high, max(low + 1, low * 5 // 4))
+        counts.append(low)
+    return counts
+
+
+def _loss(now: Evaluation) -> float:
+    return now.loss + now.unlearning_loss
