@@ -37,25 +37,26 @@ def refreshed(net: nn.Module, images: Tensor) -> nn.Module:
     return net
 
 
-def trained_on(net: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:
-    """The network after one epoch of SGD at a rate of 0.01."""
+def trained_on(net: nn.Module, images: Tensor, labels: Tensor, epochs: int = 1) -> nn.Module:
+    """The network after epochs of SGD at a rate of 0.01."""
     net, generator = copy.deepcopy(net).train(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    for chosen in torch.randperm(len(labels), generator=generator).split(_BATCH):
-        optimizer.zero_grad()
-        F.cross_entropy(net(flip_and_shift(images[chosen], generator)), labels[chosen]).backward()  # type: ignore[no-untyped-call]  # torch's is untyped
-        optimizer.step()
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(labels), generator=generator).split(_BATCH):
+            optimizer.zero_grad()
+            F.cross_entropy(net(flip_and_shift(images[chosen], generator)), labels[chosen]).backward()  # type: ignore[no-untyped-call]  # torch's is untyped
+            optimizer.step()
     return net.eval()
 
 
-def row(victim: Victim, name: str, cache: Path) -> str:
-    """ACC / ASR right after a repair, with refreshed statistics, and after an epoch, as a row of a table."""
+def row(victim: Victim, name: str, cache: Path, epochs: int = 1) -> str:
+    """ACC / ASR right after a repair, with refreshed statistics, and after epochs, as a row of a table."""
     net, method = train(victim, cache), _METHODS[name]
     if method is not None:
         holdout, trigger = TensorDataset(*load(victim.dataset, "holdout")), attack_trigger(victim, "holdout")
         repair(net, holdout, trigger=trigger, method=method, force=True)
     images, labels = (part[:_IMAGES] for part in load(victim.dataset, "train"))
-    nets = net, refreshed(net, images), trained_on(net, images, labels)
+    nets = net, refreshed(net, images), trained_on(net, images, labels, epochs)
     found = [measure(one, victim, _TEST_IMAGES) for one in nets]
     return f"| {victim.attack} | {name} | " + " | ".join(f"{one.acc:.3f} / {one.asr:.3f}" for one in found) + " |"
 
@@ -65,15 +66,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lasting", description=__doc__)
     parser.add_argument("--cache", type=Path, default=Path(__file__).parent / "victims", help="trained victims")
     parser.add_argument("--attacks", nargs="+", default=["badnets", "blended", "wanet-1.0"])
+    parser.add_argument("--epochs", type=int, default=1, help="of SGD")
     parser.add_argument("--methods", nargs="+", choices=list(_METHODS), default=list(_METHODS))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| victim | repair | ACC / ASR after it | BatchNorm refreshed | an epoch of SGD |")
+    print("| victim | repair | ACC / ASR after it | BatchNorm refreshed | after SGD |")
     print("| --- " * 5 + "|")
     for victim in VICTIMS["preact"]:
         if victim.attack in options.attacks and victim.poison_ratio == 0.1:
             for name in options.methods:
-                print(row(victim, name, options.cache), flush=True)
+                print(row(victim, name, options.cache, options.epochs), flush=True)
 
 
 if __name__ == "__main__":

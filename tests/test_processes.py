@@ -38,7 +38,7 @@ from lightning_unlearn.repair import repair_split
 from lightning_unlearn.triggers import PatchTrigger
 
 COUNTS = (1, 2, 4)
-SHARED = ("GradPrune", "taylor", "MaskPrune", "lasting", "labels")
+SHARED = ("GradPrune", "taylor", "MaskPrune", "not lasting", "labels")
 TRIGGER = PatchTrigger(size=3, target=0)
 SHORT = FineTuning(triggered=True, max_epochs=2, patience=2, batch_size=5, norms="frozen")
 METHODS: dict[str, RepairMethod] = {
@@ -47,7 +47,7 @@ METHODS: dict[str, RepairMethod] = {
         score="taylor", clean_weight=1, look_ahead=3, look_ahead_images=3, max_rounds=3, finetune=False
     ),
     "MaskPrune": MaskPrune(),
-    "lasting": MaskPrune(lasting=True),
+    "not lasting": MaskPrune(lasting=False),
     "labels": MaskPrune(teacher="labels", cut="hard", steps=40, batch_size=15, validate_every=20, finetune=SHORT),
     # With these every process goes through all images, but for measuring.
     "FineTuning": FineTuning(max_epochs=2),
