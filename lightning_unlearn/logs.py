@@ -35,6 +35,7 @@ def log_report(trainer: Trainer, report: Report) -> None:
         "unlearn/der": report.der,
         "unlearn/rir": report.rir,
         "unlearn/filters_pruned": float(report.filters["pruned"]),
+        "unlearn/filters_turned_down": float(report.filters["turned_down"]),
     }
     if report.status == "repaired":  # else what an earlier repair in this run has said would be lost
         values["unlearn/repaired"] = 1.0

@@ -27,7 +27,7 @@ _CURVES = (
 
 
 def plot_report(report: Report, path: str | os.PathLike[str] | None = None) -> Figure:
-    """Draw ACC, ASR and RA round by round beside the number of pruned filters in each layer.
+    """Draw ACC, ASR and RA round by round beside what was pruned and turned down in each layer.
 
     Dashed lines are the original model's rates on the report's own data; dots at the right those of the repaired one.
 
@@ -127,11 +127,19 @@ def _draw_rounds(axes: Axes, report: Report) -> None:
 def _draw_layers(axes: Axes, report: Report) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    by_layer = {name: len(filters) for name, filters in report.filters["by_layer"].items()}
-    axes.barh(list(by_layer), list(by_layer.values()), height=0.5, color="tab:purple")
-    axes.margins(y=0.5 / (len(by_layer) + 1))
+    parts = {"pruned": "tab:purple", "turned down by more than half": "plum"}
+    found = [report.filters["by_layer"], report.filters["turned_down_by_layer"]]
+    layers = [name for name in report.filters["layers"] if any(name in part for part in found)]
+    left = [0] * len(layers)
+    for (label, colour), part in zip(parts.items(), found, strict=True):
+        counts = [len(part.get(name, ())) for name in layers]
+        axes.barh(layers, counts, height=0.5, left=left, color=colour, label=label)
+        left = [sum(pair) for pair in zip(left, counts, strict=True)]
+    axes.margins(y=0.5 / (len(layers) + 1))
     axes.invert_yaxis()  # the first layer on top
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="pruned filters", title=f"{report.filters['pruned']} of {report.filters['total']} filters pruned")
-    if not by_layer:
+    axes.set(xlabel="filters", title=f"{report.filters['pruned']} of {report.filters['total']} filters pruned")
+    if report.filters["turned_down"]:
+        axes.legend(loc="lower right")
+    if not layers:
         axes.set_yticks([])

@@ -67,6 +67,15 @@ class RepairResult:
         return self.mask.to_dict()
 
     @property
+    def turned_down(self) -> dict[str, list[int]]:
+        """Filters by layer, sorted, of which a method has left less than half, though it did not prune them."""
+        kept = self.mask.kept
+        found: dict[str, list[int]] = {}
+        for layer, index in map(self.mask.locate, ((kept > 0) & (kept < 1 / 2)).nonzero().flatten().tolist()):
+            found.setdefault(layer, []).append(index)
+        return found
+
+    @property
     def scoring_images(self) -> Tensor:
         """(N, C, H, W) exactly the images whose unlearning loss was scored: with the trigger applied."""
         return self.scoring.triggered

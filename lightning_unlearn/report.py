@@ -47,7 +47,8 @@ class Report:
         after: ACC, ASR and RA of the model as it is now, likewise.
         der: defence effectiveness rating.
         rir: robust improvement rate.
-        filters: ``total`` and ``pruned`` counts, and the pruned filters ``by_layer``.
+        filters: how many there are in ``total``, and in each of the ``layers``; how many were ``pruned``, and which,
+            ``by_layer``; how many others were ``turned_down`` by more than half, and which, ``turned_down_by_layer``.
         rounds: every round, measured on the validation part.
         seconds: ``score``, ``evaluate``, ``finetune`` and ``total`` wall-clock time.
         checkpoint: where the repaired model was written, if it was.
@@ -116,7 +117,7 @@ class Report:
             before, after = (replace(of, asr=math.nan, ra=math.nan) for of in (before, after))
         audit = result.audit
         target = trigger.target if trigger is not None else None if audit is None else audit.suspected_target
-        pruned = result.pruned
+        pruned, turned_down = result.pruned, result.turned_down
         der = defense_effectiveness_rating(
             acc_before=before.acc, asr_before=before.asr, acc_after=after.acc, asr_after=after.asr
         )
@@ -137,8 +138,11 @@ class Report:
             rir=float(rir),
             filters={
                 "total": result.mask.total,
+                "layers": {layer.name: layer.channels for layer in result.mask.layers},
                 "pruned": sum(map(len, pruned.values())),
                 "by_layer": pruned,
+                "turned_down": sum(map(len, turned_down.values())),
+                "turned_down_by_layer": turned_down,
             },
             rounds=result.rounds,
             seconds=dict(result.seconds),
@@ -181,10 +185,11 @@ class Report:
             )
         if self.status == "not improved":
             return f"Left as it was: {self.method} found nothing better than the original model."
-        pruned, total = self.filters["pruned"], self.filters["total"]
+        pruned, turned_down, total = (self.filters[name] for name in ("pruned", "turned_down", "total"))
+        also = f" and turned {turned_down} down by more than half" if turned_down else ""
         targets = ", ".join(map(str, self.suspected_targets or (self.suspected_target,)))
         verdict = f"Verdict: {self.verdict}, target {targets}. " if self.verdict else ""
-        return f"{verdict}{self.method} pruned {pruned} of {total} filters in {self.seconds['total']:.1f} s."
+        return f"{verdict}{self.method} pruned {pruned} of {total} filters{also} in {self.seconds['total']:.1f} s."
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
         """Label, before and after of each rate."""
@@ -221,6 +226,8 @@ class Report:
             table.add_row(*row)
         table.add_row("DER ↑", "", _rate(self.der))
         table.add_row("filters pruned", "", f"{self.filters['pruned']} of {self.filters['total']}")
+        if self.filters["turned_down"]:
+            table.add_row("turned down by more than half", "", str(self.filters["turned_down"]))
         return table
 
 

@@ -56,7 +56,8 @@ def test_holdout_data_module(fit, parts):
     report = callback.report
     assert (report.status, report.method, report.trigger, report.target) == ("repaired", "GradPrune", "PatchTrigger", 0)
     assert (report.measured_on, report.before, report.after) == ("test", BEFORE, AFTER)
-    assert report.filters == {"total": 4, "pruned": 1, "by_layer": BACKDOOR}
+    none = {"turned_down": 0, "turned_down_by_layer": {}}
+    assert report.filters == {"total": 4, "layers": {"net.0": 4}, "pruned": 1, "by_layer": BACKDOOR, **none}
     assert report.rounds[0].pruned == (("net.0", 3),)
     assert len(report.rounds) == 2
     assert model.net[0].weight[3].eq(0).all()

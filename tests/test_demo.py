@@ -111,8 +111,11 @@ def test_report_has_the_promised_fields(demo_run):
     for rates in (written["before"], written["after"]):
         assert set(rates) == {"acc", "asr", "ra"}
         assert all(0 <= rate <= 1 for rate in rates.values())
-    assert set(written["filters"]) == {"total", "pruned", "by_layer"}
-    assert written["filters"]["pruned"] == sum(map(len, written["filters"]["by_layer"].values()))
+    filters = written["filters"]
+    assert set(filters) == {"total", "layers", "pruned", "by_layer", "turned_down", "turned_down_by_layer"}
+    assert filters["pruned"] == sum(map(len, filters["by_layer"].values()))
+    assert filters["turned_down"] == sum(map(len, filters["turned_down_by_layer"].values())) > 0
+    assert sum(filters["layers"].values()) == filters["total"]
     assert written["filters"]["total"] == 2 * (16 + 32 + 64)
     assert all(set(done) == ROUND for done in written["rounds"])
     assert [done["round"] for done in written["rounds"]] == list(range(1, len(written["rounds"]) + 1))

@@ -25,7 +25,7 @@ from lightning_unlearn.triggers import FunctionTrigger, Normalization, PatchTrig
 
 ROUND = {"val_acc", "val_asr", "val_ra", "val_loss", "val_unlearning_loss", "pruned_in_rounds"}
 RATES = {f"{rate}_{when}" for rate in ("acc", "asr", "ra") for when in ("before", "after")}
-REPORT = RATES | {"der", "rir", "filters_pruned", "repaired"}
+REPORT = RATES | {"der", "rir", "filters_pruned", "filters_turned_down", "repaired"}
 METHOD = GradPrune(max_rounds=2, patience=2, accuracy_drop=1.0, finetune=FineTuning(max_epochs=1))
 
 
@@ -141,7 +141,10 @@ def test_log_report(tmp_path):
         method="GradPrune", trigger="PatchTrigger", target=0, samples_per_class=10, seed=0, status="repaired",
         measured_on="test", before={"acc": 0.9, "asr": 1.0, "ra": 0.0},
         after={"acc": 0.8, "asr": float("nan"), "ra": 0.7}, der=0.95, rir=0.8,
-        filters={"total": 4, "pruned": 1, "by_layer": {"conv": [3]}}, rounds=(), seconds={"total": 1.0},
+        filters={
+            "total": 4, "layers": {"conv": 4}, "pruned": 1, "by_layer": {"conv": [3]},
+            "turned_down": 2, "turned_down_by_layer": {"conv": [0, 1]},
+        }, rounds=(), seconds={"total": 1.0},
         checkpoint=None, versions={},
     )  # fmt: skip
     log_report(trainer, report)
@@ -150,7 +153,7 @@ def test_log_report(tmp_path):
     assert values == {  # what is not known is left out
         "unlearn/acc_before": 0.9, "unlearn/asr_before": 1.0, "unlearn/ra_before": 0.0, "unlearn/acc_after": 0.8,
         "unlearn/ra_after": 0.7, "unlearn/der": 0.95, "unlearn/rir": 0.8, "unlearn/filters_pruned": 1.0,
-        "unlearn/repaired": 1.0,
+        "unlearn/filters_turned_down": 2.0, "unlearn/repaired": 1.0,
     }  # fmt: skip
     assert "unlearn/asr_after" not in trainer.callback_metrics
     assert trainer.callback_metrics["unlearn/acc_after"].item() == pytest.approx(0.8)
@@ -256,6 +259,7 @@ def test_estimates_in_tensorboard(setting, tmp_path):
         "acc_before",
         "acc_after",
         "filters_pruned",
+        "filters_turned_down",
         "repaired",
         "estimated_asr_before",
         "estimated_asr_after",

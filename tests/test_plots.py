@@ -110,7 +110,10 @@ def test_a_report_without_real_rates_says_nothing_of_them(tmp_path):
         method="Alternation of MaskPrune", trigger="unknown", target=2, samples_per_class=10, seed=0,
         status="repaired", measured_on="test", before={"acc": 0.9, "asr": nan, "ra": nan},
         after={"acc": 0.8, "asr": nan, "ra": nan}, der=nan, rir=nan,
-        filters={"total": 4, "pruned": 1, "by_layer": {"conv": [3]}},
+        filters={
+            "total": 4, "layers": {"conv": 4}, "pruned": 1, "by_layer": {"conv": [3]},
+            "turned_down": 2, "turned_down_by_layer": {"conv": [0, 1]},
+        },
         rounds=(Round(1, "masks", (("conv", 3),), 0.9, 0.1, 0.8, 0.3, 0.5),), seconds={"total": 1.0}, checkpoint=None,
         versions={}, verdict="backdoored", suspected_target=2, estimated_trigger=(),
         estimated_asr={"before": 1.0, "after": 0.1},
@@ -119,3 +122,21 @@ def test_a_report_without_real_rates_says_nothing_of_them(tmp_path):
     title = "Alternation of MaskPrune against an unknown trigger: ACC 0.900 → 0.800 (test data)"
     assert figure.get_suptitle() == title
     assert (tmp_path / "report.png").stat().st_size > 0
+
+
+def test_what_was_pruned_and_turned_down_is_drawn_by_layer(tmp_path):
+    filters = {
+        "total": 9, "layers": {"a": 2, "b": 3, "c": 4}, "pruned": 1, "by_layer": {"c": [3]},
+        "turned_down": 3, "turned_down_by_layer": {"a": [0], "c": [0, 1]},
+    }  # fmt: skip
+    rates = {"acc": 0.9, "asr": 0.5, "ra": 0.5}
+    report = Report(
+        method="MaskPrune", trigger="PatchTrigger", target=2, samples_per_class=10, seed=0, status="repaired",
+        measured_on="test", before=rates, after=rates, der=1.0, rir=1.0, filters=filters, rounds=(),
+        seconds={"total": 1.0}, checkpoint=None, versions={},
+    )  # fmt: skip
+    axes = plot_report(report).axes[1]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "c"]  # in the network's order
+    found = [(bar.get_x(), bar.get_width()) for bar in axes.patches]
+    assert found == [(0, 0), (0, 1), (0, 1), (1, 2)]  # pruned, then what was turned down beside it
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["pruned", "turned down by more than half"]

@@ -39,6 +39,7 @@ SECONDS = {"estimate": 0.0, "score": 0.5, "evaluate": 0.25, "finetune": 0.0, "to
 def result():
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(32, 4)).eval()
     mask = FilterMask(find_filters(net, torch.rand(1, 1, 8, 8)))
+    mask.fold(torch.tensor([0.25, 1.0, 0.4, 1.0, 0.5]))  # the third is pruned next, and half is not less than half
     mask.prune([("2", 0), ("0", 2), ("0", 1)])
     return RepairResult(
         method="GradPrune",
@@ -87,7 +88,14 @@ def test_the_schema(report):
         "after": {"acc": 0.8, "asr": 0.1, "ra": 0.7},
         "der": pytest.approx(0.9),  # (0.9 - 0.1 + 1) / 2
         "rir": pytest.approx(0.8),  # (0.7 - 0.1 + 1) / 2
-        "filters": {"total": 5, "pruned": 3, "by_layer": {"0": [1, 2], "2": [0]}},
+        "filters": {
+            "total": 5,
+            "layers": {"0": 3, "2": 2},
+            "pruned": 3,
+            "by_layer": {"0": [1, 2], "2": [0]},
+            "turned_down": 1,
+            "turned_down_by_layer": {"0": [0]},
+        },
         "rounds": [
             {
                 "round": 1,
@@ -201,6 +209,12 @@ def test_saved_as_fills_the_checkpoint_in(report, tmp_path):
         report.checkpoint = "other"
 
 
+def test_what_is_only_pruned_says_nothing_of_turning_down(hand_victim):
+    done = repair(hand_victim.net, hand_victim.clean, trigger=hand_victim.trigger, method=GradPrune(finetune=False))
+    report = Report.of(done, hand_victim.trigger, samples_per_class=10, seed=0)
+    assert "turned" not in report.summary() + shown(report)
+
+
 def test_as_markdown(report):
     assert str(report).splitlines() == [
         "| validation data | before | after |",
@@ -210,7 +224,7 @@ def test_as_markdown(report):
         "| RA ↑ | 0.000 | 0.700 |",
         "| DER ↑ | | 0.900 |",
         "",
-        "GradPrune pruned 3 of 5 filters in 1.3 s.",
+        "GradPrune pruned 3 of 5 filters and turned 1 down by more than half in 1.3 s.",
     ]
 
 
@@ -231,6 +245,7 @@ def test_as_table(report):
         ("RA ↑", "0.000", "0.700"),
         ("DER ↑", "", "0.900"),
         ("filters pruned", "", "3 of 5"),
+        ("turned down by more than half", "", "1"),
     } <= cells
     words = " ".join(text.split())
     assert "GradPrune · PatchTrigger · target 3 · 10 clean images per class" in words
@@ -283,7 +298,8 @@ def test_of_a_real_repair(hand_victim, tmp_path):
     assert read["before"] == {"acc": 1.0, "asr": 1.0, "ra": 0.0}
     assert read["after"] == {"acc": 1.0, "asr": 0.0, "ra": 1.0}
     assert (read["der"], read["rir"]) == (1.0, 1.0)
-    assert read["filters"] == {"total": 4, "pruned": 1, "by_layer": {"0": [3]}}
+    none = {"turned_down": 0, "turned_down_by_layer": {}}
+    assert read["filters"] == {"total": 4, "layers": {"0": 4}, "pruned": 1, "by_layer": {"0": [3]}, **none}
     assert read["rounds"][0]["pruned"] == [["0", 3]]
     assert list(read["seconds"]) == ["estimate", "score", "evaluate", "finetune", "total"]
 
@@ -368,14 +384,15 @@ def test_unknown_rates_as_markdown(unknown):
         "| ASR of the estimated trigger ↓ | 0.950 | 0.150 |",
         "| DER ↑ | | unknown |",
         "",
-        "Verdict: backdoored, target 3. GradPrune pruned 3 of 5 filters in 1.3 s.",
+        "Verdict: backdoored, target 3. GradPrune pruned 3 of 5 filters and turned 1 down by more than half in 1.3 s.",
     ]
 
 
 def test_unknown_rates_in_one_line(unknown):
     assert Report.of(unknown, None, samples_per_class=10, seed=7).headline() == (
         "ACC ↑ 0.900 → 0.800, ASR ↓ unknown → unknown, RA ↑ unknown → unknown, ASR of the estimated trigger ↓ 0.950 → "
-        "0.150 (validation data). Verdict: backdoored, target 3. GradPrune pruned 3 of 5 filters in 1.3 s."
+        "0.150 (validation data). Verdict: backdoored, target 3. GradPrune pruned 3 of 5 filters and turned 1 down by "
+        "more than half in 1.3 s."
     )
 
 

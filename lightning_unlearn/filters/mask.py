@@ -56,7 +56,9 @@ class FilterMask:
         self._by_name = {layer.name: layer for layer in self.layers}
         self._ends = list(accumulate(layer.channels for layer in self.layers))
         self._starts = {layer.name: end - layer.channels for layer, end in zip(self.layers, self._ends, strict=True)}
-        self._steps: list[tuple[list[FilterId], list[_Saved]]] = []  # what was pruned, what stood there before
+        # What was pruned, what stood there before, and what was kept of each channel.
+        self._steps: list[tuple[list[FilterId], list[_Saved], Tensor]] = []
+        self._kept = torch.ones(self.total)
         self._pruned: dict[FilterId, int] = {}  # flat index of each pruned filter, in the order of pruning
 
     @property
@@ -68,6 +70,11 @@ class FilterMask:
     def pruned(self) -> tuple[FilterId, ...]:
         """The pruned filters in the order of pruning."""
         return tuple(self._pruned)
+
+    @property
+    def kept(self) -> Tensor:
+        """What is left of each channel by flat index, (total,) float32 on the CPU in [0, 1]: 0 where it is pruned."""
+        return self._kept.masked_fill(self.flat(), 0)
 
     @property
     def steps(self) -> int:
@@ -107,7 +114,7 @@ class FilterMask:
             layer = self._by_name[name]
             saved += [(place, where, place()[where]) for place, where in _places(layer, indices)]
             layer.zero(_bools(indices, layer.channels, layer.weight.device))
-        self._steps.append((chosen, saved))
+        self._steps.append((chosen, saved, self._kept))
         self._pruned.update(taken)
 
     @torch.no_grad()
@@ -125,10 +132,11 @@ class FilterMask:
             for channels, scaled in layer.scaled(factors):
                 saved.append((partial(_tensor, channels), ..., channels.tensor.detach().clone()))
                 channels.tensor.copy_(scaled)
-        self._steps.append(([], saved))
+        before = self._kept
         self.prune(filters)
         pruned = self._steps.pop()  # one call, one step to undo
-        self._steps[-1] = (pruned[0], [*self._steps[-1][1], *pruned[1]])
+        self._steps.append((pruned[0], [*saved, *pruned[1]], before))
+        self._kept = before * scales.float().cpu()
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """Cut a flat tensor, (total,), into one piece a layer.
@@ -155,7 +163,7 @@ class FilterMask:
         if not 0 <= steps <= len(self._steps):
             raise ValueError(f"steps: cannot undo {steps} of {len(self._steps)} steps.")
         for _ in range(steps):
-            filters, saved = self._steps.pop()
+            filters, saved, self._kept = self._steps.pop()
             for place, where, before in reversed(saved):
                 tensor = place()  # the model may have moved to another device or type meanwhile
                 where = where if where is ... else tuple(index.to(tensor.device) for index in where)

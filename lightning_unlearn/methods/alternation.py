@@ -179,13 +179,14 @@ class _Moment:
     """A task's weights and mask as they are now, to go back to from whatever repairs have made of them since."""
 
     def __init__(self, task: RepairTask) -> None:
-        self.mask, self.pruned = task.mask, task.mask.pruned
+        self.mask, self.pruned, self.kept = task.mask, task.mask.pruned, task.mask.kept.to(task.scoring.labels.device)
         # All of them, since methods that fine-tune change more than a mask can undo.
         self.weights = Snapshot([*task.model.parameters(), *task.model.buffers()])
 
     def put_back(self) -> None:
         self.mask.undo(self.mask.steps)
         self.mask.prune(self.pruned)
+        self.mask.fold(self.kept)
         self.weights.put_back()
 
 

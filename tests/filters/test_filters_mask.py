@@ -31,26 +31,29 @@ def test_undo_restores_every_bit(steps, seed):
     net.norm2.running_mean[3] = -0.0
     mask = mask_of(net)
     assert mask.total == TOTAL
-    states, pruned = [bits(net)], [()]
+    states, pruned, kept = [bits(net)], [()], [torch.ones(TOTAL)]
     for kind, *arguments in steps:
         if kind == "prune":
             taken = set(mask.pruned)
             chosen = [mask.locate(index) for index in arguments[0] if mask.locate(index) not in taken]
             mask.prune(chosen)
             pruned.append((*pruned[-1], *chosen))
+            kept.append(kept[-1])
             states.append(bits(net))
         elif kind == "fold":
             scales, zero_below = torch.tensor(arguments[0]), arguments[1]
             mask.fold(scales, zero_below=zero_below)
             low = [mask.locate(index) for index in (scales <= zero_below).nonzero().flatten().tolist()]
             pruned.append((*pruned[-1], *(filter_id for filter_id in low if filter_id not in pruned[-1])))
+            kept.append(kept[-1] * scales)
             states.append(bits(net))
         else:
             count = min(arguments[0], mask.steps)
             mask.undo(count)
-            del states[len(states) - count :], pruned[len(pruned) - count :]
+            del states[len(states) - count :], pruned[len(pruned) - count :], kept[len(kept) - count :]
         assert mask.steps == len(states) - 1
         assert mask.pruned == pruned[-1]
+        assert torch.equal(mask.kept, kept[-1].masked_fill(mask.flat(), 0))
         assert bits(net) == states[-1]
         assert net.norm1.num_batches_tracked.item() == 7
     mask.undo(mask.steps)

@@ -11,7 +11,8 @@ from torch.utils.data import TensorDataset
 
 from lightning_unlearn import repair
 from lightning_unlearn.auditor import Auditor, TimeOverError
-from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, MaskPrune, RepairMethod, mask_prune
+from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, MaskPrune, RepairMethod
+from lightning_unlearn.methods.lessons import lessons
 from lightning_unlearn.triggers import AdditiveTrigger, PatchTrigger, TriggerPool
 from lightning_unlearn.triggers.inversion import Estimate
 from lightning_unlearn.verdict import Audit, ClassAudit, Usual
@@ -290,15 +291,15 @@ def test_images_made_anew_go_to_the_class_of_the_trigger_that_they_carry(task, m
     # A trigger is dealt out by an image's place in a batch, which is another one when the batch is shuffled or cut.
     pool = [AdditiveTrigger((c + 1) / 10 * torch.ones(1, 4, 4), target=c) for c in range(3)]
     stage = Alternation(strength=1.0)._task(task, pool)
-    monkeypatch.setattr(mask_prune, "flip_and_shift", lambda images, generator: 0 * images)
+    monkeypatch.setattr("lightning_unlearn.methods.lessons.flip_and_shift", lambda images, generator: 0 * images)
     chosen = torch.randperm(len(stage.scoring), generator=stage.generator())[:14]  # as batches are drawn
     made = []
     for number in range(shares):
         stage.processes = SimpleNamespace(
             count=shares, share=lambda total, n=number: slice(n * total // shares, (n + 1) * total // shares)
         )
-        (lesson,) = MaskPrune(steps=1, batch_size=14)._lessons(stage, augment=True)
-        made.append(lesson[0])
+        (lesson,) = lessons(stage, 1, teacher="victim", batch_size=14, augment=True, following=False)
+        made.append(lesson.pairs)
     images, targets, labels = (
         torch.cat([getattr(part, name) for part in made]) for name in ("triggered", "targets", "labels")
     )
