@@ -97,7 +97,7 @@ class Settling:
     def __init__(self, task: RepairTask, *, augment: bool) -> None:
         self._task, self._augment = task, augment
         self._seen: list[Seen] = []
-        with torch.no_grad():
+        with torch.no_grad(), task.watch.measure("score"):
             for images in self._images():
                 with observed(task.model) as seen:
                     task.forward(images)
@@ -105,7 +105,8 @@ class Settling:
 
     def __call__(self) -> None:
         """Give the model as it is now the statistics."""
-        settle(self._task.model, self._task.forward, self._images(), self._seen)
+        with self._task.watch.measure("score"):
+            settle(self._task.model, self._task.forward, self._images(), self._seen)
 
     def _images(self) -> Iterator[Tensor]:
         generator, scoring = self._task.generator(), self._task.scoring
