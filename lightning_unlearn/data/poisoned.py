@@ -88,7 +88,7 @@ class PoisonedDataset(Dataset[tuple[Tensor, int]]):
         self.cross_indices: tuple[int, ...] = tuple(cross.tolist())
         self.targets = labels
         self.targets[poison] = wanted[poison]  # under "clean_label" it is the label already
-        self._poison = frozenset(self.poison_indices)
+        self._poison = {index: place for place, index in enumerate(self.poison_indices)}
         self._cross = frozenset(self.cross_indices)
 
     def __len__(self) -> int:
@@ -104,7 +104,7 @@ class PoisonedDataset(Dataset[tuple[Tensor, int]]):
         image = self._image(index)
         with torch.no_grad():
             if index in self._poison:
-                image = self.trigger(image)
+                image = self.trigger.dealt_to(self._poison[index])(image)
             elif index in self._cross:
                 image = self._cross_image(image, index)
         return image, int(self.targets[index])

@@ -176,6 +176,14 @@ class Trigger(nn.Module):
         trigger.normalization = normalization
         return trigger
 
+    def dealt_to(self, place: int) -> Trigger:
+        """The trigger that the image at a place of a batch gets, for images that come one at a time: this one.
+
+        Args:
+            place: index of the image.
+        """
+        return self
+
     def extra_repr(self) -> str:
         """Describes the target and, where there is one, the normalisation."""
         normalization = "" if self.normalization is None else f", {self.normalization}"

@@ -58,3 +58,11 @@ class TriggerPool(Trigger):
                 # Checked here, so that an error names the right one.
                 stamped[first::count] = trigger._checked(trigger.stamp(part.clone()), part)
         return stamped
+
+    def dealt_to(self, place: int) -> Trigger:
+        """A pool of the one that is that image's; see :meth:`Trigger.dealt_to`."""
+        member = self.triggers[place % len(self.triggers)]
+        assert isinstance(member, Trigger)
+        alone = TriggerPool([member])
+        alone.normalization = self.normalization
+        return alone

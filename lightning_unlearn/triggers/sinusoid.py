@@ -26,7 +26,8 @@ class SinusoidTrigger(Trigger):
         std: see :class:`~lightning_unlearn.triggers.base.Trigger`.
 
     Raises:
-        ValueError: if ``amplitude`` is outside ``(0, 1]`` or ``frequency`` not above 0.
+        ValueError: if ``amplitude`` is outside ``(0, 1]`` or ``frequency`` not above 0; on images where the wave is
+            zero in all columns, since twice its frequency is a multiple of their width.
 
     Example:
         >>> import torch
@@ -55,6 +56,11 @@ class SinusoidTrigger(Trigger):
     def stamp(self, pixels: Tensor) -> Tensor:
         """Adds the stripes; see :meth:`Trigger.stamp`."""
         width = pixels.shape[3]
+        if (2 * self.frequency / width).is_integer():
+            raise ValueError(
+                f"frequency: a wave of {self.frequency:g} is zero in every column of images of width {width}, so that "
+                f"there would be no trigger; give less than half the width, such as {width / 4:g}."
+            )
         columns = torch.arange(width, dtype=torch.float32)
         wave = self.amplitude * torch.sin(2 * math.pi * self.frequency * columns / width)
         return pixels + wave.to(pixels)

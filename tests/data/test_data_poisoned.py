@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision.datasets import FakeData
 
 from lightning_unlearn.data import PoisonedDataset, labels_of
-from lightning_unlearn.triggers import PatchTrigger, QuantizeTrigger, WarpTrigger
+from lightning_unlearn.triggers import PatchTrigger, QuantizeTrigger, TriggerPool, WarpTrigger
 
 
 def clean(count=40, classes=4, channels=1):
@@ -36,6 +36,15 @@ def test_stamps_the_chosen_and_leaves_the_rest(channels):
         assert same(poisoned[index], (image, int(label)))
         assert type(poisoned[index][1]) is int
         assert same(poisoned[index - 40], poisoned[index])
+
+
+def test_a_pool_is_dealt_out():
+    pool = TriggerPool([PatchTrigger(size=1, place="top_left"), PatchTrigger(size=1, place="bottom_right")])
+    images = torch.zeros(40, 1, 4, 4)
+    dataset = PoisonedDataset(TensorDataset(images, torch.arange(40) % 4), pool, ratio=0.5)
+    stamped = torch.stack([image for image, _ in dataset])
+    counts = stamped[:, 0, 0, 0].sum(), stamped[:, 0, 3, 3].sum()
+    assert counts == (10, 10)
 
 
 def test_targets_are_the_labels_after_poisoning():

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -66,6 +66,7 @@ def normalization(channels: int) -> Normalization:
 def test_images_keep_shape_range_and_order(
     trigger: Trigger, count: int, channels: int, height: int, width: int, seed: int, as_uint8: bool
 ) -> None:
+    assume(not (isinstance(trigger, SinusoidTrigger) and 2 * trigger.frequency % width == 0))  # it refuses these
     images = pixels(count, channels, height, width, seed=seed)
     if as_uint8:
         images = (images * 255).to(torch.uint8)

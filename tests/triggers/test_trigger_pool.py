@@ -96,3 +96,14 @@ def test_something_else_raises():
 def test_an_error_names_the_trigger_that_failed(change, message):
     with pytest.raises(ValueError, match=message):
         TriggerPool([PatchTrigger(), FunctionTrigger(change)])(torch.zeros(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("normalization", [None, Normalization(mean=(0.5,), std=(0.25,))])
+def test_images_that_come_one_at_a_time_are_dealt_like_a_batch(normalization):
+    pool = TriggerPool([PatchTrigger(size=1, place=place, std=(2.0,), mean=(1.0,)) for place in ("top_left", "center")])
+    images = torch.zeros(3, 1, 5, 5)
+    if normalization is not None:
+        pool, images = pool.normalized(normalization), normalization.apply(images)
+    for place, expected in enumerate(pool(images)):
+        assert torch.equal(pool.dealt_to(place)(images[place]), expected)
+    assert pool.dealt_to(1).target == pool.target

@@ -38,5 +38,13 @@ def test_bad_frequency_raises(frequency: float) -> None:
         SinusoidTrigger(frequency=frequency)
 
 
+@pytest.mark.parametrize(("frequency", "width"), [(16, 32), (32, 32), (4, 8), (8.0, 8)])
+def test_a_wave_that_is_nowhere_is_refused(frequency: float, width: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"frequency: a wave of {frequency:g} is zero in every column .* width {width}"
+    ):
+        SinusoidTrigger(frequency=frequency)(torch.full((1, 1, width), 0.5))
+
+
 def test_repr() -> None:
     assert repr(SinusoidTrigger()) == "SinusoidTrigger(amplitude=0.1569, frequency=6, target=0)"
