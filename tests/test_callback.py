@@ -41,6 +41,7 @@ def test_callback_metrics(fit):
         "unlearn/der": 1.0,
         "unlearn/rir": 1.0,
         "unlearn/filters_pruned": 1.0,
+        "unlearn/filters_turned_down": 0.0,
         "unlearn/repaired": 1.0,
     }
 

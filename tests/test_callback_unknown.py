@@ -245,7 +245,7 @@ def test_callback_metrics_hold_what_is_known(setting):
     trainer.fit(setting.model(), setting.loader())
     found = {name.removeprefix("unlearn/") for name in trainer.callback_metrics if name.startswith("unlearn/")}
     estimated = {"estimated_asr_before", "estimated_asr_after"}
-    assert found == {"acc_before", "acc_after", "filters_pruned", "repaired"} | estimated
+    assert found == {"acc_before", "acc_after", "filters_pruned", "filters_turned_down", "repaired"} | estimated
     assert trainer.callback_metrics["unlearn/estimated_asr_before"] == 1
 
 
