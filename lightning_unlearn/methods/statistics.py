@@ -41,11 +41,9 @@ def observed(model: nn.Module) -> Iterator[Seen]:
     seen: dict[_BatchNorm, list[_Moments | None]] = {norm: [] for norm in _norms(model)}
 
     def note(norm: _BatchNorm, given: tuple[Any, ...]) -> None:
-        mean, variance = (
-            statistic.detach().float().clone() for statistic in _running(norm)
-        )  # they may be given others
-        found = _mean_and_variance(given[0].detach(), mean, 1.0)
-        seen[norm].append(found and _Moments(*found, mean, variance))
+        own = [statistic.detach().float().clone() for statistic in _running(norm)]  # it may be given others
+        found = _mean_and_variance(given[0].detach(), own[0], 1.0)
+        seen[norm].append(found and _Moments(*found, *own))
 
     with _before_each_norm(model, note):
         yield seen
@@ -114,6 +112,8 @@ def following(model: nn.Module, seen: Seen, share: float = 1.0) -> Iterator[Mapp
     finally:
         for handle in handles:
             handle.remove()
+        for norm in list(displaced):  # where a hook itself was broken off
+            put_back(norm)
 
 
 @torch.no_grad()
