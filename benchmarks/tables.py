@@ -122,7 +122,7 @@ def _victim(victim: dict[str, Any]) -> tuple[str, str]:
 
 def _shown(line: Line, best: float) -> str:
     rates = _rates(line["after"])
-    return f"**{rates}**" if line["der"] == best else f"{rates} ✗" if is_lost(line) else rates
+    return (f"**{rates}**" if line["der"] == best else rates) + " ✗" * is_lost(line)
 
 
 def _rates(rates: dict[str, float]) -> str:

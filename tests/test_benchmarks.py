@@ -158,6 +158,7 @@ def test_cells_that_lost_are_marked_and_the_best_is_bold():
     assert "**.790 / .010 / .700**" in text
     assert text.count("✗") == 2
     assert ".790 / .900 / .700 ✗" in text
+    assert "**.790 / .900 / .700** ✗" in tables.cells([line(asr=0.9), line("FT", asr=0.95)])
 
 
 def test_only_methods_that_ran_on_all_draws_are_averaged():
