@@ -23,6 +23,7 @@ METHODS: dict[str, tuple[str, Arguments]] = {
     "MaskPrune": ("MaskPrune", {}),
     # The trigger is estimated, by an audit and after each repair: the only one of ours that is not told it.
     "Alternation": ("Alternation", {}),
+    "Alternation, lasting": ("Alternation", {"method": {"target_weight": 0.0, "accuracy_drop": 0.04}}),
     "GradPrune": ("GradPrune", {}),
     "GradPrune, Taylor, look-ahead": ("GradPrune", {"score": "taylor", "clean_weight": 1.0, "look_ahead": 8}),
     "FT, clean and triggered": ("FineTuning", {"triggered": True}),
@@ -56,6 +57,9 @@ def _arguments(method: str, samples_per_class: int) -> Arguments:
 
 SHOWN = {(kind, repr(_arguments(name, samples))): name for samples in (10, 100) for name, (kind, _) in METHODS.items()}
 
+
+# What a method's argument is made of that is a method itself.
+_INNER: dict[str, type[RepairMethod]] = {"finetune": methods.FineTuning, "method": methods.MaskPrune}
 
 # Passes over the training images. The first two victims were trained for one less than the rest; the rounding of BPP is
 # learned late. The VGG-style net learns the fastest of the three.
@@ -114,15 +118,12 @@ class Cell:
 
     @property
     def arguments(self) -> Arguments:
-        """The method's arguments that differ from its defaults, as JSON: a dict within is that of a fine-tuning."""
+        """The method's arguments that differ from its defaults, as JSON: dicts within are those of other methods."""
         return _arguments(self.method, self.samples_per_class)
 
     def build(self) -> RepairMethod:
         """The method itself."""
-        arguments = {
-            name: methods.FineTuning(**value) if isinstance(value, dict) else value
-            for name, value in self.arguments.items()
-        }
+        arguments = {name: _INNER[name](**value) if name in _INNER else value for name, value in self.arguments.items()}
         method: RepairMethod = getattr(methods, self.kind)(**arguments)
         return method
 
