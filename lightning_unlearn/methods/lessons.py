@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from lightning_unlearn.data.augmentation import flip_and_shift
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import evaluate
 from lightning_unlearn.methods.base import RepairTask, Teacher
-from lightning_unlearn.methods.statistics import Seen, observed, settle
+from lightning_unlearn.methods.statistics import Seen, observed, running_statistics, settle
 from lightning_unlearn.methods.training import batches
 
 __all__ = ["Lesson", "Settling", "bears_augmentation", "lessons"]
@@ -105,12 +106,30 @@ class Settling:
 
     def __call__(self) -> None:
         """Give the model as it is now the statistics."""
+        self._settle(self._seen)
+
+    @contextmanager
+    def meanwhile(self) -> Iterator[None]:
+        """Give the model as it is now the statistics within the ``with`` block, by a single pass."""
+        running = [(statistic, statistic.clone()) for statistic in running_statistics(self._task.model)]
+        try:
+            self._settle(self._seen[: len(self._seen) // self._passes])
+            yield
+        finally:
+            for statistic, before in running:
+                statistic.copy_(before)
+
+    def _settle(self, seen: Sequence[Seen]) -> None:
         with self._task.watch.measure("score"):
-            settle(self._task.model, self._task.forward, self._images(), self._seen)
+            settle(self._task.model, self._task.forward, islice(self._images(), len(seen)), seen)
+
+    @property
+    def _passes(self) -> int:
+        return max(1, round(_SETTLING_IMAGES / len(self._task.scoring))) if self._augment else 1
 
     def _images(self) -> Iterator[Tensor]:
         generator, scoring = self._task.generator(), self._task.scoring
-        for _ in range(max(1, round(_SETTLING_IMAGES / len(scoring))) if self._augment else 1):
+        for _ in range(self._passes):
             for pairs in scoring.batches(self._task.batch_size):
                 # A copy, since a model may write into what it is given.
                 yield flip_and_shift(pairs.clean, generator) if self._augment else pairs.clean.clone()

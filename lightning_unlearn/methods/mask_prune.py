@@ -151,9 +151,9 @@ class MaskPrune(RepairMethod):
         """Learn the masks, cut, fine-tune where asked to."""
         floor = task.held_before.acc - self.accuracy_drop - 1e-6  # accuracies come as float32
         augment = self.augment and self.teacher == "victim" and bears_augmentation(task, self.accuracy_drop)
-        lasting = self.lasting and has_statistics(task.model)
-        settle = Settling(task, augment=augment) if lasting else _nothing
-        masks = yield from self._learn(task, augment=augment, lasting=lasting)
+        settling = Settling(task, augment=augment) if self.lasting and has_statistics(task.model) else None
+        masks = yield from self._learn(task, settling, augment=augment)
+        settle = settling or _nothing
         masks = drawn_back(task, masks, floor, settle)
         below = _NEARLY_OFF if augment else _HALF_OFF
         cut(task, masks, self.cut, settle, floor=floor, below=below, slack=self.slack)
@@ -161,7 +161,7 @@ class MaskPrune(RepairMethod):
         if self.finetune:
             yield from self.finetune.repair(task)
 
-    def _learn(self, task: RepairTask, *, augment: bool, lasting: bool) -> Generator[Round, None, Tensor]:
+    def _learn(self, task: RepairTask, settling: Settling | None, *, augment: bool) -> Generator[Round, None, Tensor]:
         """The masks that are learned."""
         masks = torch.ones(task.mask.total, device=task.scoring.labels.device, requires_grad=True)
         optimizer = torch.optim.Adam([masks], lr=self.learning_rate)
@@ -174,12 +174,12 @@ class MaskPrune(RepairMethod):
             teacher=self.teacher,
             batch_size=self.batch_size,
             augment=augment,
-            following=lasting,
+            following=settling is not None,
         )
         for step, lesson in enumerate(drawn, start=1):
             with task.watch.measure("score"):
                 weights = clean_weight, self.target_weight * (step - 1) / self.steps
-                with following(task.model, lesson.seen, 1 / 2) if lasting else nullcontext():
+                with following(task.model, lesson.seen, 1 / 2) if settling else nullcontext():
                     gradient, unlearned = self._gradient(task, masks, lesson, *weights)
                 task.processes.average([gradient, unlearned], lesson.weight)
                 if step == 1:
@@ -191,7 +191,7 @@ class MaskPrune(RepairMethod):
                     masks.clamp_(0, 1)
             if step % self.validate_every == 0 or step == self.steps:
                 learned = task.processes.first(masks.detach().clone())
-                with task.mask.scaled(learned):
+                with task.mask.scaled(learned), settling.meanwhile() if settling else nullcontext():
                     now = task.validate()
                 yield task.round("learn", now)
         return learned

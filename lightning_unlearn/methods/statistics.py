@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Seen", "following", "has_statistics", "observed", "settle"]
+__all__ = ["Seen", "following", "has_statistics", "observed", "running_statistics", "settle"]
 
 
 class _Moments(NamedTuple):
@@ -29,6 +29,11 @@ Seen: TypeAlias = Mapping[_BatchNorm, Sequence[_Moments | None]]  # of each norm
 def has_statistics(model: nn.Module) -> bool:
     """Whether a network has any BatchNorm with running statistics."""
     return any(True for _ in _norms(model))
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The means and variances themselves, each (C,)."""
+    return [statistic for norm in _norms(model) for statistic in _running(norm)]
 
 
 @contextmanager

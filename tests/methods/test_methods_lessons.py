@@ -83,3 +83,21 @@ def test_settling_draws_the_same_images_again(new_task):
     assert len(first) > 1
     assert all(torch.equal(one, other) for one, other in zip(first, seen, strict=True))
     assert not torch.equal(first[0], first[1])
+
+
+def test_statistics_that_are_settled_meanwhile_are_put_back(new_task):
+    task = new_task("vgg")
+    settle, images = Settling(task, augment=True), task.scoring.clean
+    before = copy.deepcopy(task.model.state_dict())
+    with torch.no_grad():
+        task.model[1].weight.mul_(0.5)
+        unsettled = task.model(images)
+        with settle.meanwhile():
+            inside = task.model(images)
+        with pytest.raises(KeyboardInterrupt), settle.meanwhile():
+            raise KeyboardInterrupt
+        assert not torch.equal(inside, unsettled)
+        assert torch.equal(task.model(images), unsettled)
+        settle()
+    torch.testing.assert_close(task.model(images), inside, rtol=0.3, atol=0.3)  # by one pass as by all, roughly
+    assert torch.equal(before["5.weight"], task.model[5].weight)

@@ -302,6 +302,14 @@ def test_the_model_is_left_with_the_statistics_that_its_weights_bring_about(new_
     torch.testing.assert_close(statistics_of(task.model), statistics, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["vgg", "preact"])
+def test_rounds_show_the_model_by_the_statistics_that_it_will_have(new_task, name):
+    *_, learned, cut = learn(lasting=True, cut="soft").repair(new_task(name))
+    assert (learned.stage, cut.stage) == ("learn", "prune")
+    assert learned.val_loss == pytest.approx(cut.val_loss, rel=1e-3)
+    assert learned.val_unlearning_loss == pytest.approx(cut.val_unlearning_loss, rel=1e-3)
+
+
 def test_where_no_mask_is_learned_the_statistics_stay(new_task):
     task = new_task("vgg")
     expected = statistics_of(copy.deepcopy(task.model))
