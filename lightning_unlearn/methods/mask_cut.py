@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Literal, TypeAlias
 
 import torch
@@ -16,19 +17,20 @@ __all__ = ["Cut", "cut", "drawn_back"]
 Cut: TypeAlias = Literal["soft", "mixed", "hard"]
 
 
-def drawn_back(task: RepairTask, masks: Tensor, floor: float, settle: Callable[[], None]) -> Tensor:
+def drawn_back(
+    task: RepairTask, masks: Tensor, floor: float, settled: Callable[[], AbstractContextManager[None]]
+) -> Tensor:
     """The masks, or what lies as little of the way back to 1 as brings accuracy to ``floor``, in tenths.
 
     Args:
         task: whose images decide.
         masks: (total,) factors in [0, 1] by flat index.
         floor: the lowest accuracy on all clean images held.
-        settle: what to call before the model is measured with other channels than before.
+        settled: makes contexts in which a model with other channels than before can be measured.
     """
     for tenths in range(10, 0, -1):
         nearer = 1 - (1 - masks) * (tenths / 10)
-        with task.mask.scaled(nearer):
-            settle()
+        with task.mask.scaled(nearer), settled():
             if task.measure().acc >= floor:
                 return nearer
     return torch.ones_like(masks)

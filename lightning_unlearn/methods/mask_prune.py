@@ -101,7 +101,7 @@ class MaskPrune(RepairMethod):
         sparsity: float = 1e-2,
         augment: bool = True,
         slack: float = 0.02,
-        validate_every: int = 14,
+        validate_every: int = 24,
         accuracy_drop: float = 0.1,
         lasting: bool = True,
         finetune: bool | FineTuning = False,
@@ -153,10 +153,9 @@ class MaskPrune(RepairMethod):
         augment = self.augment and self.teacher == "victim" and bears_augmentation(task, self.accuracy_drop)
         settling = Settling(task, augment=augment) if self.lasting and has_statistics(task.model) else None
         masks = yield from self._learn(task, settling, augment=augment)
-        settle = settling or _nothing
-        masks = drawn_back(task, masks, floor, settle)
+        masks = drawn_back(task, masks, floor, settling.meanwhile if settling else nullcontext)
         below = _NEARLY_OFF if augment else _HALF_OFF
-        cut(task, masks, self.cut, settle, floor=floor, below=below, slack=self.slack)
+        cut(task, masks, self.cut, settling or _nothing, floor=floor, below=below, slack=self.slack)
         yield task.round("prune", task.validate(), task.mask.pruned)
         if self.finetune:
             yield from self.finetune.repair(task)
