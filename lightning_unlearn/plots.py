@@ -109,6 +109,8 @@ def plot_audit(audit: Audit, images: Tensor, path: str | os.PathLike[str] | None
 
 
 def _draw_rounds(axes: Axes, report: Report) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     numbers = [done.round for done in report.rounds]
     for label, on_validation, rate, colour in _CURVES:
         axes.plot(numbers, [getattr(done, on_validation) for done in report.rounds], color=colour, label=label)
@@ -120,6 +122,7 @@ def _draw_rounds(axes: Axes, report: Report) -> None:
         if len(of_stage) > 1:
             axes.annotate(stage, (sum(of_stage) / len(of_stage), 0.5), color="0.4", ha="center")
     measured = "validation images" if report.estimated_asr is None else "validation images, estimated trigger"
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel=f"round ({measured}; dots: after, dashed: before)", ylabel="rate", ylim=(-0.03, 1.03))
     axes.legend(loc="center right")
 
@@ -140,6 +143,6 @@ def _draw_layers(axes: Axes, report: Report) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="filters", title=f"{report.filters['pruned']} of {report.filters['total']} filters pruned")
     if report.filters["turned_down"]:
-        axes.legend(loc="lower right")
+        axes.legend(loc="best")
     if not layers:
         axes.set_yticks([])
