@@ -15,7 +15,7 @@ __all__ = ["Seen", "following", "has_statistics", "observed", "running_statistic
 
 
 class _Moments(NamedTuple):
-    """Of what a norm is given, and its running statistics, each (C,) float32."""
+    """Of what a norm is given, and its running statistics, each (C,) in float32, or float64 for such a model."""
 
     mean: Tensor
     variance: Tensor
@@ -46,7 +46,7 @@ def observed(model: nn.Module) -> Iterator[Seen]:
     seen: dict[_BatchNorm, list[_Moments | None]] = {norm: [] for norm in _norms(model)}
 
     def note(norm: _BatchNorm, given: tuple[Any, ...]) -> None:
-        own = [statistic.detach().float().clone() for statistic in _running(norm)]  # it may be given others
+        own = [_exact(statistic.detach()).clone() for statistic in _running(norm)]  # it may be given others
         found = _mean_and_variance(given[0].detach(), own[0], 1.0)
         seen[norm].append(found and _Moments(*found, *own))
 
@@ -161,6 +161,11 @@ def _running(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     return norm.running_mean, norm.running_var
 
 
+def _exact(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class _MeanAndVariance(torch.autograd.Function):
     """Of each channel of the first rows, (C,), by distances to a mean that is near.
 
@@ -171,7 +176,7 @@ class _MeanAndVariance(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, near: Tensor, first: int) -> tuple[Tensor, Tensor]:
         ctx.first = first
         inner = tuple(range(2, rows.ndim))
-        distances = rows[:first].float() - near.view(-1, *(1,) * len(inner))
+        distances = _exact(rows[:first]) - near.view(-1, *(1,) * len(inner))
         ctx.values = distances[:, 0].numel()
         mean = distances.mean((0, *inner))
         square = torch.linalg.vector_norm(distances, dim=inner or 0, keepdim=not inner).square().sum(0) / ctx.values

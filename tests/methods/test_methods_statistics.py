@@ -61,10 +61,10 @@ def test_a_change_of_scale_and_place_is_taken_out():
     model, images = norm(eps=1e-12), rows()
     with following(model, seen_by(model, images)) as became:
         found = model(images * 0.3 + 5)
-    torch.testing.assert_close(found, model(images), rtol=1e-5, atol=1e-5)
-    mean, variance = (statistic.double() for statistic in became[model])
-    torch.testing.assert_close(mean, model.running_mean * 0.3 + 5, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(variance, model.running_var * 0.3**2, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, model(images), rtol=1e-9, atol=1e-9)  # in float64
+    mean, variance = became[model]
+    torch.testing.assert_close(mean, model.running_mean * 0.3 + 5, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(variance, model.running_var * 0.3**2, rtol=1e-9, atol=1e-9)
 
 
 def test_by_hand():
