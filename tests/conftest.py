@@ -25,6 +25,7 @@ from lightning_unlearn.plan import RepairPlan
 from lightning_unlearn.repair import repair_split
 from lightning_unlearn.triggers import PatchTrigger, Trigger
 from tests.callback_fits import fit, parts  # noqa: F401 - fixtures
+from tests.small_commands import victim  # noqa: F401 - fixture
 from tests.small_fits import Setting
 
 

@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +12,13 @@ import lightning.pytorch as L  # noqa: N812 - the usual name
 import pytest
 import torch
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-import lightning_unlearn
-from lightning_unlearn import BackdoorUnlearning, cli, entry
+from lightning_unlearn import BackdoorUnlearning, cli
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.cli import main
 from lightning_unlearn.data import Digits, DigitsDataModule, HoldoutDataModule
-
-DIGITS = "lightning_unlearn.data.Digits"
-QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
-UNLEARNING: dict[str, Any] = {
-    "clean_data": {"class_path": DIGITS, "init_args": {"part": "holdout", "size": 16}},
-    "trigger": {"class_path": "lightning_unlearn.triggers.PatchTrigger", "init_args": {"size": 3, "target": 0}},
-    "method": {
-        "class_path": "lightning_unlearn.methods.GradPrune",
-        "init_args": {
-            "score": "taylor", "filters_per_round": 2, "max_rounds": 1, "accuracy_drop": 0.5, "finetune": False
-        },
-    },
-    "samples_per_class": 4,
-}  # fmt: skip
-MODEL = {"class_path": "lightning_unlearn.classifier.ConvClassifier", "init_args": {"width": 8}}
+from tests.small_commands import MODEL, QUIET, UNLEARNING, training, write
 
 
 class Subsets(L.LightningDataModule):
@@ -52,24 +34,6 @@ class Subsets(L.LightningDataModule):
 
 def files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-@pytest.fixture
-def victim(digits_victim, tmp_path, monkeypatch):
-    """A folder with a backdoored model's checkpoint, as a Trainer writes it, and ``repair.yaml``; the current one."""
-    folder = tmp_path / "victim"
-    saver = ModelCheckpoint(folder, filename="original")
-    trainer = L.Trainer(callbacks=[saver], max_steps=1, limit_val_batches=0, enable_model_summary=False, **QUIET)
-    model = ConvClassifier(width=8, learning_rate=0.0)
-    model.load_state_dict(digits_victim.trained.state_dict())
-    trainer.fit(model, DigitsDataModule(size=16))
-    monkeypatch.chdir(folder)
-    write("repair.yaml", {"trainer": QUIET, "model": MODEL, "unlearning": UNLEARNING})
-    return folder
-
-
-def write(name: str, config: dict[str, Any]) -> None:
-    Path(name).write_text(yaml.safe_dump(config))
 
 
 def repair(*words: str, config: str = "repair.yaml", ckpt: str = "original.ckpt") -> Any:
@@ -315,13 +279,6 @@ def test_unknown_class(victim, capsys):
 # fit
 
 
-def training(folder: Path, *callbacks: dict[str, Any], data: dict[str, Any] | None = None) -> dict[str, Any]:
-    trainer = QUIET | {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 0, "enable_model_summary": False}
-    trainer |= {"default_root_dir": str(folder), "callbacks": list(callbacks)}
-    data = data or {"class_path": "lightning_unlearn.data.DigitsDataModule", "init_args": {"size": 16}}
-    return {"trainer": trainer, "model": MODEL, "data": data}
-
-
 def unlearn(**change: Any) -> dict[str, Any]:
     return {"class_path": "lightning_unlearn.BackdoorUnlearning", "init_args": UNLEARNING | {"force": True} | change}
 
@@ -367,122 +324,3 @@ def test_fit_is_immune_to_the_hijack(tmp_path, monkeypatch):
 
 def test_fit_has_no_other_subcommands():
     assert set(cli._FitCLI.subcommands()) == {"fit"}
-
-
-# The installed command
-
-
-def run(monkeypatch, *words: str) -> Any:
-    monkeypatch.setattr(sys, "argv", ["lightning-unlearn", *words])
-    with pytest.raises(SystemExit) as stopped:
-        entry.run()
-    return stopped.value.code
-
-
-def test_one_line_for_an_error(monkeypatch, victim):
-    """Python prints a text and leaves with 1."""
-    code = run(monkeypatch, "repair", "--config", "repair.yaml", "--ckpt_path", "nowhere.ckpt")
-    assert code == "lightning-unlearn: ckpt_path: there is no file 'nowhere.ckpt'."
-    Path("broken.ckpt").write_bytes(b"PK\3\4 and so on")
-    code = run(monkeypatch, "repair", "--config", "repair.yaml", "--ckpt_path", "broken.ckpt")
-    assert "cannot be loaded with weights_only=True" in code
-    assert "\n" not in code
-
-
-@pytest.mark.parametrize(
-    "error",
-    [ValueError("x: bad"), TypeError("x: bad"), OSError("x: bad"), MisconfigurationException("x: bad")],
-    ids=repr,
-)
-def test_errors_that_the_user_can_mend(monkeypatch, error):
-    def fail():
-        raise error
-
-    monkeypatch.setattr(cli, "main", fail)
-    assert run(monkeypatch) == "lightning-unlearn: x: bad"
-
-
-def test_fit_keeps_the_traceback_of_the_users_own_code(monkeypatch):
-    def fail():
-        raise ValueError("in the user's training_step")
-
-    monkeypatch.setattr(cli, "main", fail)
-    monkeypatch.setattr(sys, "argv", ["lightning-unlearn", "fit", "--config=my.yaml"])
-    with pytest.raises(ValueError, match="in the user's training_step"):
-        entry.run()
-
-
-def test_own_classes_are_found_in_the_current_folder(monkeypatch, tmp_path):
-    """As with ``python -m``: a script's own folder, which Python looks in, is that of the installed commands."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
-    Path("my_nets.py").write_text(
-        "from lightning_unlearn.classifier import ConvClassifier\nclass MyNet(ConvClassifier): pass\n"
-    )
-    write("my.yaml", training(tmp_path / "out") | {"model": {"class_path": "my_nets.MyNet"}})
-    monkeypatch.setattr(sys, "argv", ["lightning-unlearn", "fit", "--config=my.yaml"])
-    entry.run()
-    assert list((tmp_path / "out" / "checkpoints").glob("*.ckpt"))
-
-
-def test_other_errors_keep_their_traceback(monkeypatch):
-    def fail():
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(cli, "main", fail)
-    with pytest.raises(ZeroDivisionError):
-        entry.run()
-
-
-def test_success_is_silent(monkeypatch):
-    monkeypatch.setattr(cli, "main", lambda: None)
-    assert entry.run() is None
-
-
-@pytest.mark.parametrize("command", ["fit", "repair"])
-def test_what_the_users_own_code_lacks_is_in_no_extra(monkeypatch, command):
-    def fail():
-        raise ModuleNotFoundError("No module named 'unheard_of'", name="unheard_of.core")
-
-    monkeypatch.setattr(cli, "main", fail)
-    monkeypatch.setattr(sys, "argv", ["lightning-unlearn", command])
-    with pytest.raises(ModuleNotFoundError if command == "fit" else SystemExit) as stopped:
-        entry.run()
-    assert command == "fit" or stopped.value.code == "lightning-unlearn: No module named 'unheard_of'."
-
-
-@pytest.mark.parametrize("missing", ["rich.console", "jsonargparse"])
-def test_missing_extras_are_named(monkeypatch, missing):
-    for package in (lightning_unlearn, L):
-        monkeypatch.setattr(package, "cli", package.cli)  # imported once more below, so to be put back
-        monkeypatch.delitem(sys.modules, f"{package.__name__}.cli")
-    monkeypatch.setitem(sys.modules, missing, None)
-    code = run(monkeypatch, "demo")
-    assert "pip install 'lightning-unlearn[demo]'" in code
-    assert missing in code
-    assert "\n" not in code
-
-
-def test_jsonargparse_is_missed_late(monkeypatch, victim):
-    """Lightning's CLI can be imported without it, and fails when it is used."""
-    monkeypatch.setattr("lightning.pytorch.cli._JSONARGPARSE_SIGNATURES_AVAILABLE", False)
-    code = run(monkeypatch, "repair", "--config", "repair.yaml", "--ckpt_path", "original.ckpt")
-    assert "pip install 'lightning-unlearn[demo]'" in code
-
-
-def test_scikit_learn_is_missing(monkeypatch, victim):
-    monkeypatch.setattr("lightning_unlearn.data.digits._load", _no_digits)
-    code = run(monkeypatch, "repair", "--config", "repair.yaml", "--ckpt_path", "original.ckpt")
-    assert "Digits needs scikit-learn" in code
-
-
-def _no_digits():
-    raise ImportError('Digits needs scikit-learn: pip install "lightning-unlearn[demo]"')
-
-
-def test_installed_command(monkeypatch, capsys):
-    (command,) = entry_points(group="console_scripts", name="lightning-unlearn")
-    assert command.load() is entry.run
-    assert run(monkeypatch, "--help") == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in ("demo", "fit", "repair"))
