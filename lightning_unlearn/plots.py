@@ -143,6 +143,6 @@ def _draw_layers(axes: Axes, report: Report) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="filters", title=f"{report.filters['pruned']} of {report.filters['total']} filters pruned")
     if report.filters["turned_down"]:
-        axes.legend(loc="best")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)  # where no bar is
     if not layers:
         axes.set_yticks([])
