@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
@@ -78,7 +78,7 @@ class FilterMask:
 
     @property
     def steps(self) -> int:
-        """How many calls of :meth:`prune` and :meth:`fold` can be undone."""
+        """How many calls of :meth:`prune`, :meth:`fold` and :meth:`note` can be undone."""
         return len(self._steps)
 
     def locate(self, index: int) -> FilterId:
@@ -137,6 +137,11 @@ class FilterMask:
         pruned = self._steps.pop()  # one call, one step to undo
         self._steps.append((pruned[0], [*saved, *pruned[1]], before))
         self._kept = before * scales.float().cpu()
+
+    def note(self, tensors: Iterable[ChannelTensor]) -> None:
+        """Note tensors that something else is about to change, as one step that :meth:`undo` takes back."""
+        saved: list[_Saved] = [(partial(_tensor, one), ..., one.tensor.detach().clone()) for one in tensors]
+        self._steps.append(([], saved, self._kept))
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """Cut a flat tensor, (total,), into one piece a layer.

@@ -42,8 +42,7 @@ class Alternation(RepairMethod):
     Args:
         method: what unlearns the estimates, a method that learns from triggered images; by default a
             :class:`MaskPrune` that does not shun the target, since an estimate also holds something of what that
-            class really looks like, and goes by the BatchNorm statistics of training. For a repair that outlasts these
-            give ``MaskPrune(target_weight=0.0, accuracy_drop=0.04)``, which leaves more of what was not estimated.
+            class really looks like.
         auditor: how to estimate; by default as the audit of the untouched model did.
         rounds: most repairs; there are fewer where the auditor's ``max_time`` is over before it sees anything more.
         strength: factor of additive estimates, at least 1.
@@ -80,9 +79,7 @@ class Alternation(RepairMethod):
             raise TypeError(
                 f"method: expected a lightning_unlearn.methods.RepairMethod, but got {type(method).__name__}."
             )
-        self.method = method or MaskPrune(
-            target_weight=0.0, accuracy_drop=0.04, lasting=False, steps=75, validate_every=15
-        )
+        self.method = method or MaskPrune(target_weight=0.0, accuracy_drop=0.04)
         if not self.method.needs_trigger:
             raise ValueError(f"method: {self.method.name} learns from clean images alone; use it by itself.")
         check_range("rounds", rounds, 1, float("inf"))

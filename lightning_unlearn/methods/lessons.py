@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,12 +12,12 @@ from lightning_unlearn.data.augmentation import flip_and_shift
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import evaluate
 from lightning_unlearn.methods.base import RepairTask, Teacher
-from lightning_unlearn.methods.statistics import Seen, observed, running_statistics, settle
 from lightning_unlearn.methods.training import batches
+from lightning_unlearn.statistics import Statistics, moments
 
-__all__ = ["Lesson", "Settling", "bears_augmentation", "lessons"]
+__all__ = ["Lesson", "bears_augmentation", "fresh_statistics", "lessons"]
 
-_SETTLING_IMAGES = 180  # statistics of more of the same few images hardly differ
+_FRESH_IMAGES = 180  # statistics of more of the same few images hardly differ
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,18 +28,14 @@ class Lesson:
         pairs: of them what this process takes, maybe none.
         wanted: (B, C) probabilities, of the clean and of the triggered images alike.
         weight: by which this process's gradient counts among all processes'.
-        seen: what the victim's BatchNorms were given for the clean images; empty where they are not to follow.
     """
 
     pairs: Pairs
     wanted: Tensor
     weight: float
-    seen: Seen
 
 
-def lessons(
-    task: RepairTask, count: int, *, teacher: Teacher, batch_size: int, augment: bool, following: bool
-) -> Iterator[Lesson]:
+def lessons(task: RepairTask, count: int, *, teacher: Teacher, batch_size: int, augment: bool) -> Iterator[Lesson]:
     """``count`` lessons, each epoch in a new order.
 
     Args:
@@ -50,24 +44,19 @@ def lessons(
         teacher: who says what to answer: ``"victim"`` or ``"labels"``.
         batch_size: clean images a lesson.
         augment: flip and shift the images anew in each; the victim is then asked again.
-        following: note also what norms see, in a whole batch, all of which each process then takes.
     """
     generator, left = task.generator(), count
-    asked = augment or (following and teacher == "victim")  # in the batch that it learns from, or the answers are known
     while left:
         for chosen in batches(task, batch_size, generator):
-            share = slice(None) if following else task.processes.share(len(chosen))
-            noted: AbstractContextManager[Seen] = observed(task.model) if following else nullcontext({})
-            with torch.no_grad(), task.watch.measure("score"), noted as seen:
+            share = task.processes.share(len(chosen))
+            with torch.no_grad(), task.watch.measure("score"):
                 pairs, wanted = task.scoring[chosen], task.wanted(teacher)[chosen][share]
                 if augment:
                     pairs = _flipped_and_shifted(task, pairs, generator)
                 pairs = pairs[share]
-                if len(pairs) and (asked or following):
-                    answers = task.logits(pairs.clean).softmax(1)
-                    wanted = answers if asked else wanted
-            weight = 1 / task.processes.count if following else len(pairs) / len(chosen)
-            yield Lesson(pairs, wanted, weight, seen)
+                if augment and len(pairs):
+                    wanted = task.logits(pairs.clean).softmax(1)
+            yield Lesson(pairs, wanted, len(pairs) / len(chosen))
             left -= 1
             if not left:
                 break
@@ -87,52 +76,22 @@ def bears_augmentation(task: RepairTask, accuracy_drop: float) -> bool:
     return now.acc >= before.acc - drop and not now.asr < before.asr - drop  # ASR is NaN where all are the target's
 
 
-class Settling:
-    """Images by which BatchNorm's running statistics follow a model's weights for good, told by how they were seen.
+def fresh_statistics(task: RepairTask, *, augment: bool) -> Statistics:
+    """The BatchNorm statistics that the clean scoring images would give the model as it is now.
 
     Args:
-        task: whose model still is the untouched victim.
-        augment: flip and shift the images, in several passes.
+        task: whose model it is.
+        augment: flip and shift the images, and take the fewest of them several times.
     """
+    generator, scoring = task.generator(), task.scoring
 
-    def __init__(self, task: RepairTask, *, augment: bool) -> None:
-        self._task, self._augment = task, augment
-        self._seen: list[Seen] = []
-        with torch.no_grad(), task.watch.measure("score"):
-            for images in self._images():
-                with observed(task.model) as seen:
-                    task.forward(images)
-                self._seen.append(seen)
+    def images() -> Iterator[Tensor]:
+        for _ in range(max(1, round(_FRESH_IMAGES / len(scoring))) if augment else 1):
+            for pairs in scoring.batches(task.batch_size):
+                yield flip_and_shift(pairs.clean, generator) if augment else pairs.clean
 
-    def __call__(self) -> None:
-        """Give the model as it is now the statistics."""
-        self._settle(self._seen)
-
-    @contextmanager
-    def meanwhile(self) -> Iterator[None]:
-        """Give the model as it is now the statistics within the ``with`` block, by a single pass."""
-        running = [(statistic, statistic.clone()) for statistic in running_statistics(self._task.model)]
-        try:
-            self._settle(self._seen[: len(self._seen) // self._passes])
-            yield
-        finally:
-            for statistic, before in running:
-                statistic.copy_(before)
-
-    def _settle(self, seen: Sequence[Seen]) -> None:
-        with self._task.watch.measure("score"):
-            settle(self._task.model, self._task.forward, islice(self._images(), len(seen)), seen)
-
-    @property
-    def _passes(self) -> int:
-        return max(1, round(_SETTLING_IMAGES / len(self._task.scoring))) if self._augment else 1
-
-    def _images(self) -> Iterator[Tensor]:
-        generator, scoring = self._task.generator(), self._task.scoring
-        for _ in range(self._passes):
-            for pairs in scoring.batches(self._task.batch_size):
-                # A copy, since a model may write into what it is given.
-                yield flip_and_shift(pairs.clean, generator) if self._augment else pairs.clean.clone()
+    with task.watch.measure("score"):
+        return moments(task.model, task.logits, images(), refreshed=True)
 
 
 def _flipped_and_shifted(task: RepairTask, pairs: Pairs, generator: torch.Generator) -> Pairs:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Literal, TypeAlias
 
 import torch
@@ -17,35 +15,29 @@ __all__ = ["Cut", "cut", "drawn_back"]
 Cut: TypeAlias = Literal["soft", "mixed", "hard"]
 
 
-def drawn_back(
-    task: RepairTask, masks: Tensor, floor: float, settled: Callable[[], AbstractContextManager[None]]
-) -> Tensor:
+def drawn_back(task: RepairTask, masks: Tensor, floor: float) -> Tensor:
     """The masks, or what lies as little of the way back to 1 as brings accuracy to ``floor``, in tenths.
 
     Args:
         task: whose images decide.
         masks: (total,) factors in [0, 1] by flat index.
         floor: the lowest accuracy on all clean images held.
-        settled: makes contexts in which a model with other channels than before can be measured.
     """
     for tenths in range(10, 0, -1):
         nearer = 1 - (1 - masks) * (tenths / 10)
-        with task.mask.scaled(nearer), settled():
+        with task.mask.scaled(nearer):
             if task.measure().acc >= floor:
                 return nearer
     return torch.ones_like(masks)
 
 
-def cut(
-    task: RepairTask, masks: Tensor, how: Cut, settle: Callable[[], None], *, floor: float, below: float, slack: float
-) -> None:
+def cut(task: RepairTask, masks: Tensor, how: Cut, *, floor: float, below: float, slack: float) -> None:
     """Leave of the masks what ``how`` says, in the model.
 
     Args:
         task: whose images decide what to prune.
         masks: (total,) factors in [0, 1] by flat index.
         how: as :class:`~lightning_unlearn.methods.MaskPrune` says.
-        settle: what to call once the model's channels are no longer what they were.
         floor: the lowest accuracy on all clean images held that pruning may leave.
         below: which masks ``"mixed"`` may prune.
         slack: by how much it may raise L_clean + L_u, in nats.
@@ -55,7 +47,6 @@ def cut(
     earlier = len(task.mask.pruned)
     if how != "hard":
         task.mask.fold(masks)
-    settle()
     if how == "soft":
         return
     order = masks.masked_fill(gone, torch.inf).argsort(stable=True)[: len(masks) - earlier]
@@ -74,7 +65,6 @@ def cut(
         elif how == "mixed" and loss > best_loss + 10 * slack:
             break  # one channel too many can be made good by the next, but not by so much
     task.mask.undo(task.mask.steps - kept)
-    settle()
 
 
 def _growing(low: int, high: int) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -12,9 +11,9 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, Teacher, check_range
 from lightning_unlearn.methods.fine_tuning import FineTuning
-from lightning_unlearn.methods.lessons import Lesson, Settling, bears_augmentation, lessons
+from lightning_unlearn.methods.lessons import Lesson, bears_augmentation, fresh_statistics, lessons
 from lightning_unlearn.methods.mask_cut import Cut, cut, drawn_back
-from lightning_unlearn.methods.statistics import following, has_statistics
+from lightning_unlearn.statistics import Statistics, going_by
 
 __all__ = ["MaskPrune"]
 
@@ -69,10 +68,10 @@ class MaskPrune(RepairMethod):
         validate_every: steps from one validation to the next, each a round.
         accuracy_drop: α, the largest drop of accuracy on all clean images held, a fraction in (0, 1]: masks that cost
             more are drawn back towards 1 until they do not, and no pruning goes beyond it.
-        lasting: learn by the BatchNorm statistics that the masks bring about, and leave the model with them: they
-            follow those of the clean images to score. Masks that are learned by the statistics of training do not
-            outlast these: once they are refreshed, as further training or weight averaging does, most of the backdoor
-            is back. Each of several processes then goes through all images of a step. Other norms have no statistics.
+        lasting: learn by two sets of BatchNorm statistics in turn: those of training, to which triggered images
+            belonged, and those that the clean images to score would give the victim. Masks that know the former alone
+            need not outlast these: refreshed, as further training or weight averaging does, they may bring the backdoor
+            back. Nothing is else for other norms, which have no statistics.
         finetune: fine-tune afterwards on clean and triggered images; ``True`` for 10 epochs at most, by the same
             teacher, with a learning rate of 1e-3.
 
@@ -92,7 +91,7 @@ class MaskPrune(RepairMethod):
         *,
         teacher: Teacher = "victim",
         cut: Cut = "mixed",
-        steps: int = 70,
+        steps: int = 75,
         learning_rate: float = 0.075,
         batch_size: int = 32,
         clean_weight: float = 8.0,
@@ -101,7 +100,7 @@ class MaskPrune(RepairMethod):
         sparsity: float = 1e-2,
         augment: bool = True,
         slack: float = 0.02,
-        validate_every: int = 24,
+        validate_every: int = 15,
         accuracy_drop: float = 0.1,
         lasting: bool = True,
         finetune: bool | FineTuning = False,
@@ -151,34 +150,27 @@ class MaskPrune(RepairMethod):
         """Learn the masks, cut, fine-tune where asked to."""
         floor = task.held_before.acc - self.accuracy_drop - 1e-6  # accuracies come as float32
         augment = self.augment and self.teacher == "victim" and bears_augmentation(task, self.accuracy_drop)
-        settling = Settling(task, augment=augment) if self.lasting and has_statistics(task.model) else None
-        masks = yield from self._learn(task, settling, augment=augment)
-        masks = drawn_back(task, masks, floor, settling.meanwhile if settling else nullcontext)
+        fresh = fresh_statistics(task, augment=augment) if self.lasting else {}
+        masks = yield from self._learn(task, fresh, augment=augment)
+        masks = drawn_back(task, masks, floor)
         below = _NEARLY_OFF if augment else _HALF_OFF
-        cut(task, masks, self.cut, settling or _nothing, floor=floor, below=below, slack=self.slack)
+        cut(task, masks, self.cut, floor=floor, below=below, slack=self.slack)
         yield task.round("prune", task.validate(), task.mask.pruned)
         if self.finetune:
             yield from self.finetune.repair(task)
 
-    def _learn(self, task: RepairTask, settling: Settling | None, *, augment: bool) -> Generator[Round, None, Tensor]:
+    def _learn(self, task: RepairTask, fresh: Statistics, *, augment: bool) -> Generator[Round, None, Tensor]:
         """The masks that are learned."""
         masks = torch.ones(task.mask.total, device=task.scoring.labels.device, requires_grad=True)
         optimizer = torch.optim.Adam([masks], lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         # The same few images in each step are soon fitted: the trigger must count for more to be gone on others, too.
         clean_weight = self.clean_weight if augment else self.clean_weight / 2
-        drawn = lessons(
-            task,
-            self.steps,
-            teacher=self.teacher,
-            batch_size=self.batch_size,
-            augment=augment,
-            following=settling is not None,
-        )
+        drawn = lessons(task, self.steps, teacher=self.teacher, batch_size=self.batch_size, augment=augment)
         for step, lesson in enumerate(drawn, start=1):
             with task.watch.measure("score"):
                 weights = clean_weight, self.target_weight * (step - 1) / self.steps
-                with following(task.model, lesson.seen, 1 / 2) if settling else nullcontext():
+                with going_by(fresh if step % 2 == 0 else {}):
                     gradient, unlearned = self._gradient(task, masks, lesson, *weights)
                 task.processes.average([gradient, unlearned], lesson.weight)
                 if step == 1:
@@ -190,7 +182,7 @@ class MaskPrune(RepairMethod):
                     masks.clamp_(0, 1)
             if step % self.validate_every == 0 or step == self.steps:
                 learned = task.processes.first(masks.detach().clone())
-                with task.mask.scaled(learned), settling.meanwhile() if settling else nullcontext():
+                with task.mask.scaled(learned):
                     now = task.validate()
                 yield task.round("learn", now)
         return learned
@@ -225,10 +217,6 @@ class MaskPrune(RepairMethod):
         sent = _sent_to_target(backdoored, pairs.targets, answers)
         loss = scale * (clean_weight * clean + triggered) + target_weight * sent
         return loss, (backdoored.argmax(1) == answers).float().mean()
-
-
-def _nothing() -> None:
-    """Settle no statistics."""
 
 
 def _sent_to_target(logits: Tensor, targets: Tensor, answers: Tensor) -> Tensor:

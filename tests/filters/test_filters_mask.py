@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_unlearn.filters import ChannelTensor
 from tests.filters.mixed_nets import FACTORS, TOTAL, bits, build, images, mask_of
 
 STEPS = st.lists(
@@ -160,6 +161,23 @@ def test_pruning_after_the_model_has_moved():
     net.double()
     mask.prune(PRUNED)
     assert alive(mask).max() == 0
+
+
+def test_what_is_noted_is_taken_back():
+    net = build(0)
+    mask, states = mask_of(net), [bits(net)]
+    mask.prune([mask.locate(1)])
+    states.append(bits(net))
+    mask.note([ChannelTensor(net.norm1, name) for name in ("weight", "running_var")])
+    with torch.no_grad():
+        net.norm1.weight.add_(1)
+        net.norm1.running_var.mul_(2)
+    assert (mask.steps, mask.pruned) == (2, (mask.locate(1),))
+    mask.undo()
+    assert bits(net) == states[1]
+    assert mask.pruned == (mask.locate(1),)
+    mask.undo()
+    assert bits(net) == states[0]
 
 
 def test_undo_takes_back_the_last_steps_only():

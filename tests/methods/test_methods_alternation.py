@@ -298,7 +298,7 @@ def test_images_made_anew_go_to_the_class_of_the_trigger_that_they_carry(task, m
         stage.processes = SimpleNamespace(
             count=shares, share=lambda total, n=number: slice(n * total // shares, (n + 1) * total // shares)
         )
-        (lesson,) = lessons(stage, 1, teacher="victim", batch_size=14, augment=True, following=False)
+        (lesson,) = lessons(stage, 1, teacher="victim", batch_size=14, augment=True)
         made.append(lesson.pairs)
     images, targets, labels = (
         torch.cat([getattr(part, name) for part in made]) for name in ("triggered", "targets", "labels")
