@@ -23,7 +23,6 @@ METHODS: dict[str, tuple[str, Arguments]] = {
     "MaskPrune": ("MaskPrune", {}),
     # The trigger is estimated, by an audit and after each repair: the only one of ours that is not told it.
     "Alternation": ("Alternation", {}),
-    "Alternation, lasting": ("Alternation", {"method": {"target_weight": 0.0, "accuracy_drop": 0.04}}),
     "GradPrune": ("GradPrune", {}),
     "GradPrune, Taylor, look-ahead": ("GradPrune", {"score": "taylor", "clean_weight": 1.0, "look_ahead": 8}),
     "FT, clean and triggered": ("FineTuning", {"triggered": True}),
@@ -59,7 +58,7 @@ SHOWN = {(kind, repr(_arguments(name, samples))): name for samples in (10, 100) 
 
 
 # What a method's argument is made of that is a method itself.
-_INNER: dict[str, type[RepairMethod]] = {"finetune": methods.FineTuning, "method": methods.MaskPrune}
+_INNER: dict[str, type[RepairMethod]] = {"finetune": methods.FineTuning}
 
 # Passes over the training images. The first two victims were trained for one less than the rest; the rounding of BPP is
 # learned late. The VGG-style net learns the fastest of the three.
