@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Statistics", "going_by", "moments", "rebase", "tracking_norms"]
+__all__ = ["Statistics", "going_by", "mixed", "moments", "rebase", "tracking_norms"]
 
 Statistics: TypeAlias = Mapping[_BatchNorm, tuple[Tensor, Tensor]]
 """Mean and variance of each channel, (C,) in float32, or float64 for such a model, by norm."""
@@ -69,6 +69,15 @@ def moments(
         for norm, buffers in own.items():
             norm._buffers.update(buffers)
     return {norm: (total[0] / rows[norm], total[1] / rows[norm]) for norm, total in found.items()}
+
+
+def mixed(statistics: Statistics, share: float) -> Statistics:
+    """Means, and geometric means of variances, of which some count ``share`` and the norms' own the rest."""
+    found: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
+    for norm, (mean, variance) in statistics.items():
+        own_mean, own_variance = _exact(norm.running_mean), _exact(norm.running_var)
+        found[norm] = own_mean.lerp(mean, share), own_variance ** (1 - share) * variance**share
+    return found
 
 
 @contextmanager

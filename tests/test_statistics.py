@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from lightning_unlearn.statistics import going_by, moments, rebase, tracking_norms
+from lightning_unlearn.statistics import going_by, mixed, moments, rebase, tracking_norms
 
 KINDS = [(nn.BatchNorm1d, ()), (nn.BatchNorm1d, (6,)), (nn.BatchNorm2d, (5, 5)), (nn.BatchNorm3d, (2, 2, 3))]
 
@@ -117,6 +117,14 @@ def test_an_exception_leaves_the_network_as_it_was(refreshed):
 )
 def test_which_norms_have_statistics(model, count):
     assert len(tracking_norms(model)) == count
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_some_count_with_a_norms_own(share):
+    model = norm(dtype=torch.float32)
+    mean, variance = mixed({model: (torch.full((3,), 4.0), torch.full((3,), 9.0))}, share)[model]
+    torch.testing.assert_close(mean, (1 - share) * model.running_mean + share * 4)
+    torch.testing.assert_close(variance.log(), (1 - share) * model.running_var.log() + share * torch.tensor(9.0).log())
 
 
 # Going by others

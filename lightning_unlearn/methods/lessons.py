@@ -13,11 +13,12 @@ from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import evaluate
 from lightning_unlearn.methods.base import RepairTask, Teacher
 from lightning_unlearn.methods.training import batches
-from lightning_unlearn.statistics import Statistics, moments
+from lightning_unlearn.statistics import Statistics, mixed, moments
 
 __all__ = ["Lesson", "bears_augmentation", "fresh_statistics", "lessons"]
 
 _FRESH_IMAGES = 180  # statistics of more of the same few images hardly differ
+_TRUSTED_HALF = 90  # of so many images statistics count half
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,9 @@ def bears_augmentation(task: RepairTask, accuracy_drop: float) -> bool:
 
 
 def fresh_statistics(task: RepairTask, *, augment: bool) -> Statistics:
-    """The BatchNorm statistics that the clean scoring images would give the model as it is now.
+    """The BatchNorm statistics that clean images would give the model as it is now, as well as few images can tell.
+
+    Those that N scoring images would give it count N / (N + 90), and the model's own the rest.
 
     Args:
         task: whose model it is.
@@ -91,7 +94,8 @@ def fresh_statistics(task: RepairTask, *, augment: bool) -> Statistics:
                 yield flip_and_shift(pairs.clean, generator) if augment else pairs.clean
 
     with task.watch.measure("score"):
-        return moments(task.model, task.logits, images(), refreshed=True)
+        found = moments(task.model, task.logits, images(), refreshed=True)
+    return mixed(found, len(scoring) / (len(scoring) + _TRUSTED_HALF))
 
 
 def _flipped_and_shifted(task: RepairTask, pairs: Pairs, generator: torch.Generator) -> Pairs:
