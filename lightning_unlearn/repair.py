@@ -11,23 +11,21 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_unlearn.auditor import Auditor, Progress
-from lightning_unlearn.data.augmentation import flip_and_shift
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.draw import Draw, ImagesAndLabels, Split, predicted, refuse_missing_classes
 from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of, refuse_probabilities
-from lightning_unlearn.filters import ChannelTensor, FilterMask, find_filters
+from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.memory import tries_smaller_batches
 from lightning_unlearn.methods import Alternation, MaskPrune, RepairMethod, RepairTask, Round, Stopwatch
 from lightning_unlearn.plan import RepairPlan
 from lightning_unlearn.processes import ALONE, Processes
-from lightning_unlearn.statistics import Statistics, moments, rebase, tracking_norms
+from lightning_unlearn.settling import Settling
 from lightning_unlearn.triggers import Normalization, Trigger
 from lightning_unlearn.verdict import Audit
 
 __all__ = ["ImagesAndLabels", "RepairResult", "Split", "refuse_missing_classes", "repair", "repair_split"]
 
-_OF_NORMS = ("weight", "bias", "running_mean", "running_var")
 _KINDS = ("estimate", "score", "evaluate", "finetune", "total")
 
 
@@ -269,7 +267,7 @@ def repair_split(
         elif asr_before < plan.min_asr and not plan.force:
             status = "not backdoored"
         else:
-            given = _moments(task)
+            settle = Settling(task)
             for number in method.repair(task):
                 rounds.append(number)
                 if on_round is not None:
@@ -280,10 +278,8 @@ def repair_split(
                 task.mask.undo(task.mask.steps)
                 _restore(model, original)
             status = "not improved" if _is_as_before(model, original) else "repaired"
-            if status == "repaired" and given:
-                norms = tracking_norms(model)
-                task.mask.note(ChannelTensor(norm, name) for norm in norms for name in _OF_NORMS if norm.affine)
-                rebase(norms, given, _moments(task))
+            if status == "repaired":
+                settle()
         after = task.validate()
     return RepairResult(
         method=method.name,
@@ -319,19 +315,6 @@ def _audit(
         model=model,
         on_progress=on_progress,
     )
-
-
-def _moments(task: RepairTask) -> Statistics:
-    """What the model's BatchNorms are given for the clean images to score, as they are and flipped and shifted."""
-    generator = task.generator()
-
-    def images() -> Iterator[Tensor]:
-        for pairs in task.scoring.batches(task.batch_size):
-            yield pairs.clean
-            yield flip_and_shift(pairs.clean, generator)
-
-    with task.watch.measure("evaluate"):
-        return moments(task.model, task.logits, images())
 
 
 def _is_as_before(model: nn.Module, original: Mapping[str, Tensor]) -> bool:

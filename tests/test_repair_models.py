@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -10,7 +8,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.transforms import v2
 
 from lightning_unlearn.draw import Split
-from lightning_unlearn.methods import GradPrune, MaskPrune
+from lightning_unlearn.methods import FineTuning, GradPrune, MaskPrune
 from lightning_unlearn.plan import RepairPlan
 from lightning_unlearn.repair import repair, repair_split
 from lightning_unlearn.triggers import FunctionTrigger, PatchTrigger
@@ -55,7 +53,7 @@ def test_statistics_follow_a_repair_and_nothing_else_is_computed(make_net, make_
         net = make_net(name)
         update_bn([images], net)  # as if it had been trained
         if not rebased:
-            monkeypatch.setattr(sys.modules["lightning_unlearn.repair"], "rebase", lambda *_: None)
+            monkeypatch.setattr("lightning_unlearn.settling.rebase", lambda *_: None)
         result = repair(net.eval(), make_clean(20), trigger=PatchTrigger(), method=method(), force=True)
         monkeypatch.undo()
         logits.append(net(images))
@@ -68,6 +66,31 @@ def test_statistics_follow_a_repair_and_nothing_else_is_computed(make_net, make_
         assert errors[0] == errors[1]
     elif getattr(method(), "norms", "frozen") == "frozen":
         assert errors[1] <= errors[0] / 2
+
+
+class OnePlus(nn.BatchNorm2d):
+    """Multiplies by 1 + γ, as some do so that weight decay draws it to 1."""
+
+    def forward(self, images):
+        return nn.functional.batch_norm(images, self.running_mean, self.running_var, 1 + self.weight, self.bias)
+
+
+@pytest.mark.parametrize("kind", ["1 + γ", "shared γ"])
+def test_norms_of_which_more_is_unknown_keep_their_statistics(make_clean, kind):
+    torch.manual_seed(0)
+    norms = [OnePlus(6) if kind == "1 + γ" else nn.BatchNorm2d(6) for _ in range(2)]
+    if kind == "shared γ":
+        norms[1].weight = norms[0].weight
+    convolutions = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 6, 3)
+    layers = [layer for pair in zip(convolutions, norms, strict=True) for layer in (*pair, nn.ReLU())]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
+    clean = make_clean(20)
+    update_bn([clean.tensors[0] * 3 - 1], net)  # which has little to do with the images of the repair
+    before = [tensor.clone() for tensor in net.buffers()]
+    method = FineTuning(triggered=True, norms="frozen", max_epochs=5, patience=5, accuracy_drop=1.0)
+    result = repair(net.eval(), clean, trigger=PatchTrigger(), method=method, force=True)
+    assert result.status == "repaired"
+    assert all(torch.equal(now, old) for now, old in zip(net.buffers(), before, strict=True))
 
 
 @pytest.mark.parametrize("name", ["preact", "vgg", "grouped"])
