@@ -48,6 +48,8 @@ def moments(
     found: dict[_BatchNorm, Tensor] = {}
     rows: dict[_BatchNorm, int] = {}
     norms = tracking_norms(model)
+    if not norms:
+        return {}
     own = {norm: dict(norm._buffers) for norm in norms}
 
     def note(norm: _BatchNorm, given: tuple[Tensor, ...]) -> None:

@@ -102,6 +102,13 @@ def test_what_has_no_moments_or_no_statistics_is_left_out(model, images, refresh
     assert moments(model, model, [images], refreshed=refreshed) == {}
 
 
+def test_without_norms_no_image_is_asked_about():
+    def refuse(images):
+        raise AssertionError(images)
+
+    assert moments(nn.GroupNorm(3, 3).double(), refuse, [rows()]) == {}
+
+
 @pytest.mark.parametrize("refreshed", [False, True])
 def test_an_exception_leaves_the_network_as_it_was(refreshed):
     model = deep()
