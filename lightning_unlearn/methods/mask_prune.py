@@ -12,7 +12,7 @@ from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, Teacher, check_range
 from lightning_unlearn.methods.fine_tuning import FineTuning
 from lightning_unlearn.methods.lessons import Lesson, bears_augmentation, fresh_statistics, lessons
-from lightning_unlearn.methods.mask_cut import Cut, cut, drawn_back
+from lightning_unlearn.methods.mask_cut import Cut, cut
 from lightning_unlearn.statistics import Statistics, going_by
 
 __all__ = ["MaskPrune"]
@@ -152,7 +152,6 @@ class MaskPrune(RepairMethod):
         augment = self.augment and self.teacher == "victim" and bears_augmentation(task, self.accuracy_drop)
         fresh = fresh_statistics(task, augment=augment) if self.lasting else {}
         masks = yield from self._learn(task, fresh, augment=augment)
-        masks = drawn_back(task, masks, floor)
         below = _NEARLY_OFF if augment else _HALF_OFF
         cut(task, masks, self.cut, floor=floor, below=below, slack=self.slack)
         yield task.round("prune", task.validate(), task.mask.pruned)
