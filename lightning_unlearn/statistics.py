@@ -35,7 +35,8 @@ def moments(
             running statistics that these images would give the network.
 
     Returns:
-        The moments on average over images, of each norm that is given more than one value a channel.
+        The moments of each norm that is given more than one value a channel: of all images together, or those of the
+        batches on average over images if they are ``refreshed``.
 
     Example:
         >>> import torch
@@ -45,19 +46,24 @@ def moments(
         >>> [moment.item() for moment in found[norm]]
         [2.0, 1.0]
     """
-    found: dict[_BatchNorm, Tensor] = {}
-    rows: dict[_BatchNorm, int] = {}
+    sums: dict[_BatchNorm, Tensor] = {}
+    images: dict[_BatchNorm, int] = {}
+    values: dict[_BatchNorm, int] = {}
     norms = tracking_norms(model)
     if not norms:
         return {}
     own = {norm: dict(norm._buffers) for norm in norms}
 
     def note(norm: _BatchNorm, given: tuple[Tensor, ...]) -> None:
-        if given[0][:, 0].numel() < 2:
+        count = given[0][:, 0].numel()
+        if refreshed and count < 2:
             return
-        mean, variance = _mean_and_variance(given[0], _exact(norm.running_mean))
-        found[norm] = found.get(norm, 0.0) + len(given[0]) * torch.stack([mean, variance])
-        rows[norm] = rows.get(norm, 0) + len(given[0])
+        near = _exact(norm.running_mean)
+        mean, variance = _mean_and_variance(given[0], near)
+        second = variance if refreshed else variance + (mean - near).square()  # one batch's mean is not another's
+        sums[norm] = sums.get(norm, 0.0) + len(given[0]) * torch.stack([mean, second])
+        images[norm] = images.get(norm, 0) + len(given[0])
+        values[norm] = values.get(norm, 0) + count
         if refreshed:
             _go_by(norm, mean, variance)
 
@@ -70,7 +76,14 @@ def moments(
             handle.remove()
         for norm, buffers in own.items():
             norm._buffers.update(buffers)
-    return {norm: (total[0] / rows[norm], total[1] / rows[norm]) for norm, total in found.items()}
+    found = {}
+    for norm in sums:
+        if values[norm] < 2:
+            continue
+        mean, second = sums[norm] / images[norm]
+        apart = torch.zeros_like(mean) if refreshed else mean - _exact(norm.running_mean)
+        found[norm] = mean, (second - apart.square()).clamp_min(0)
+    return found
 
 
 def mixed(statistics: Statistics, share: float) -> Statistics:

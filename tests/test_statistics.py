@@ -56,10 +56,18 @@ def test_moments_are_those_of_all_values_of_a_channel(kind, shape):
     assert_untouched(model, before)
 
 
-def test_they_are_means_over_images():
+@pytest.mark.parametrize("sizes", [[4, 6], [1] * 10, [10], [3, 3, 3, 1]])
+def test_they_are_those_of_all_images_whatever_the_batches(sizes):
+    model, images = norm(nn.BatchNorm1d), rows(10, shape=()) + torch.arange(10.0)[:, None]
+    mean, variance = moments(model, model, images.split(sizes))[model]
+    torch.testing.assert_close(mean, images.mean(0))
+    torch.testing.assert_close(variance, images.var(0, correction=0))
+
+
+def test_refreshed_are_means_over_images():
     model, parts = norm(), [rows(4), rows(6) + 1]
-    each = [moments(model, model, [part])[model] for part in parts]
-    for found, one, other in zip(moments(model, model, parts)[model], *each, strict=True):
+    each = [moments(model, model, [part], refreshed=True)[model] for part in parts]
+    for found, one, other in zip(moments(model, model, parts, refreshed=True)[model], *each, strict=True):
         torch.testing.assert_close(found, 0.4 * one + 0.6 * other)
 
 
