@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lightning_unlearn.auditor import Auditor, audit
-from lightning_unlearn.repair import RepairResult, repair
+from lightning_unlearn.repair import repair
 from lightning_unlearn.report import Report
+from lightning_unlearn.result import RepairResult
 from lightning_unlearn.verdict import Audit
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,78 +13,21 @@ from torch.utils.data import Dataset
 from lightning_unlearn.auditor import Auditor, Progress
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.draw import Draw, ImagesAndLabels, Split, predicted, refuse_missing_classes
-from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of, refuse_probabilities
+from lightning_unlearn.evaluation import evaluate, logits_of, refuse_probabilities
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.memory import tries_smaller_batches
 from lightning_unlearn.methods import Alternation, MaskPrune, RepairMethod, RepairTask, Round, Stopwatch
 from lightning_unlearn.plan import RepairPlan
 from lightning_unlearn.processes import ALONE, Processes
+from lightning_unlearn.result import RepairResult
 from lightning_unlearn.settling import Settling
 from lightning_unlearn.triggers import Normalization, Trigger
 from lightning_unlearn.verdict import Audit
 
-__all__ = ["ImagesAndLabels", "RepairResult", "Split", "refuse_missing_classes", "repair", "repair_split"]
+__all__ = ["ImagesAndLabels", "Split", "refuse_missing_classes", "repair", "repair_split"]
 
 _KINDS = ("estimate", "score", "evaluate", "finetune", "total")
-
-
-@dataclass(frozen=True, eq=False)
-class RepairResult:
-    """What a repair did. All rates are fractions of 1, measured on the clean images that the defender holds.
-
-    Args:
-        method: name of the method.
-        status: ``"repaired"``; ``"clean"`` if no trigger was given and none was found, and ``"not backdoored"`` if the
-            attack success rate was low from the start: both left the model alone; ``"not improved"`` if the method
-            found nothing better than the original, which was put back.
-        before: the original model on the validation part.
-        after: the model as it is now on the validation part.
-        rounds: every round in order.
-        mask: the filters, and which of them are pruned.
-        scoring: the pairs that were scored.
-        held: the original model and the repaired one on all images held, scoring and validation part together.
-        trigger: what was unlearned; where none was given, the estimates of the suspected class, or of the most
-            universal one if the verdict is clean.
-        seconds: wall-clock time by kind of work: ``estimate``, ``score``, ``evaluate``, ``finetune``, ``total``.
-        audit: what was found where no trigger was given.
-    """
-
-    method: str
-    status: str
-    before: Evaluation
-    after: Evaluation
-    rounds: tuple[Round, ...]
-    mask: FilterMask
-    scoring: Pairs
-    held: tuple[Evaluation, Evaluation]
-    trigger: Trigger
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    audit: Audit | None = None
-
-    @property
-    def pruned(self) -> dict[str, list[int]]:
-        """Pruned filters by layer, sorted."""
-        return self.mask.to_dict()
-
-    @property
-    def turned_down(self) -> dict[str, list[int]]:
-        """Filters by layer, sorted, of which a method has left less than half, though it did not prune them."""
-        kept = self.mask.kept
-        found: dict[str, list[int]] = {}
-        for layer, index in map(self.mask.locate, ((kept > 0) & (kept < 1 / 2)).nonzero().flatten().tolist()):
-            found.setdefault(layer, []).append(index)
-        return found
-
-    @property
-    def scoring_images(self) -> Tensor:
-        """(N, C, H, W) exactly the images whose unlearning loss was scored: with the trigger applied."""
-        return self.scoring.triggered
-
-    @property
-    def scoring_labels(self) -> Tensor:
-        """(N,) the true labels of :attr:`scoring_images`."""
-        return self.scoring.labels
 
 
 def repair(

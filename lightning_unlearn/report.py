@@ -15,7 +15,7 @@ from lightning_unlearn.evaluation import Evaluation
 from lightning_unlearn.files import write_whole
 from lightning_unlearn.methods import Round
 from lightning_unlearn.metrics.functional import defense_effectiveness_rating, robust_improvement_rate
-from lightning_unlearn.repair import RepairResult
+from lightning_unlearn.result import RepairResult
 from lightning_unlearn.triggers import Trigger
 from lightning_unlearn.verdict import Verdict
 

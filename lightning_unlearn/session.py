@@ -23,8 +23,9 @@ from lightning_unlearn.methods import Round
 from lightning_unlearn.plan import RepairPlan
 from lightning_unlearn.processes import Processes
 from lightning_unlearn.progress import round_progress, stage_progress
-from lightning_unlearn.repair import RepairResult, repair_split
+from lightning_unlearn.repair import repair_split
 from lightning_unlearn.report import Report
+from lightning_unlearn.result import RepairResult
 from lightning_unlearn.triggers import Trigger
 from lightning_unlearn.verdict import Audit
 

@@ -11,7 +11,8 @@ from lightning_unlearn.data import split_holdout
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import evaluate
 from lightning_unlearn.methods import FineTuning, GradPrune, MaskPrune, RepairTask
-from lightning_unlearn.repair import RepairResult, repair
+from lightning_unlearn.repair import repair
+from lightning_unlearn.result import RepairResult
 from lightning_unlearn.triggers import PatchTrigger
 from tests.small_repairs import METHODS, Spy, same_state, state
 

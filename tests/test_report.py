@@ -18,8 +18,9 @@ import lightning_unlearn
 from lightning_unlearn.evaluation import Evaluation
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.methods import GradPrune, Round
-from lightning_unlearn.repair import RepairResult, repair
+from lightning_unlearn.repair import repair
 from lightning_unlearn.report import Report
+from lightning_unlearn.result import RepairResult
 from lightning_unlearn.triggers import BlendTrigger, PatchTrigger
 from lightning_unlearn.triggers.inversion import Estimate
 from lightning_unlearn.verdict import Audit, ClassAudit
