@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
@@ -180,7 +181,12 @@ def _process(rank: int, folder: Path, count: int, task: str) -> None:
         "gloo", f"file://{folder}/{task}-{count}", timedelta(seconds=60), world_size=count, rank=rank
     )
     work = _Work(folder, Processes.current())
-    found = {"all": work.all, "clocks": work.clocks, "fail": lambda: work.repaired(Failing())}[task]()
+    try:
+        found = {"all": work.all, "clocks": work.clocks, "fail": lambda: work.repaired(Failing())}[task]()
+    except Exception:
+        # torch tells of one process alone: at times of one that only lost its connection to the one that failed.
+        traceback.print_exc()
+        raise
     (folder / f"{task}-{count}-{rank}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
 
