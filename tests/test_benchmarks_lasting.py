@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -21,10 +22,11 @@ def test_refreshing_changes_statistics_and_nothing_else():
     assert not any(module.training for module in other.modules())
 
 
-def test_training_on_changes_a_copy():
+@pytest.mark.parametrize("training", ["SGD 0.01", "SGD 0.05", "AdamW 0.001"])
+def test_training_on_changes_a_copy(training):
     net, images = network(), torch.rand(300, 1, 8, 8)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    other = lasting.trained_on(net, images, torch.arange(300) % 3)
+    other = lasting.trained_on(net, images, torch.arange(300) % 3, training=training)
     assert changed(net, other) == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert not any(module.training for module in other.modules())
@@ -32,7 +34,7 @@ def test_training_on_changes_a_copy():
 
 def test_a_row(tmp_path):
     victim = Victim("digits", "conv", "badnets", epochs=1, images=128)
-    cells = lasting.row(victim, "none", tmp_path).split("|")[1:-1]
+    cells = lasting.row(victim, "none", tmp_path, ["SGD 0.01", "AdamW 0.001"]).split("|")[1:-1]
     assert [cell.strip() for cell in cells[:2]] == ["badnets", "none"]
     assert all(0 <= float(rate) <= 1 for cell in cells[2:] for rate in cell.split("/"))
-    assert len(cells) == 5
+    assert len(cells) == 6
