@@ -60,20 +60,21 @@ SHOWN = {(kind, repr(_arguments(name, samples))): name for samples in (10, 100) 
 # What a method's argument is made of that is a method itself.
 _INNER: dict[str, type[RepairMethod]] = {"finetune": methods.FineTuning}
 
-# Passes over the training images. The first two victims were trained for one less than the rest; the rounding of BPP is
-# learned late. The VGG-style net learns the fastest of the three.
+# Passes over the training images. With twelve PreActResNet-18 has a clean accuracy of 0.82 to 0.83; two attacks are
+# learned at 0.80 sooner. The VGG-style net learns the fastest.
 _EPOCHS = {
     ("vgg", "badnets", 0.1): 5,
     ("vgg", "blended", 0.1): 5,
     **{("vgg", attack, 0.1): 8 for attack in ("sig", "wanet-1.0", "bpp", "lf-strong")},
-    ("preact_resnet18", "badnets", 0.1): 6,
-    ("preact_resnet18", "blended", 0.1): 6,
+    **{("mobilenet", attack, 0.1): 7 for attack in ("badnets", "blended", "wanet-1.0")},
+    ("preact_resnet18", "sig", 0.1): 7,
     ("preact_resnet18", "bpp", 0.1): 11,
+    **{("preact_resnet18", attack, 0.01): 7 for attack in ("blended", "sig")},
 }
 
 
 def _cifar10(network: str, attack: str, poison_ratio: float = 0.1) -> Victim:
-    epochs = _EPOCHS.get((network, attack, poison_ratio), 8 if attack == "lf-strong" else 7)
+    epochs = _EPOCHS.get((network, attack, poison_ratio), 12)
     return Victim("cifar10", network, attack, poison_ratio=poison_ratio, epochs=epochs, images=45_000)
 
 
