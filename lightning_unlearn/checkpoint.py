@@ -19,6 +19,8 @@ from lightning_unlearn.folder import Folder
 __all__ = ["Checkpoint", "load_checkpoint"]
 
 _LIGHTNING = "state_dict"
+# What Lightning's WeightAveraging keeps beside the averages that are the state dict: the last weights, as backdoored.
+_AVERAGING = ("current_model_state", "averaging_state")
 _SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
 
@@ -88,7 +90,7 @@ class Checkpoint:
         if self.entry is None:
             return new
         if "pytorch-lightning_version" in self.content:
-            left_out = {"optimizer_states", "lr_schedulers", "loops"}
+            left_out = {"optimizer_states", "lr_schedulers", "loops", *_AVERAGING}
         else:
             left_out = {name for name, value in self.content.items() if name != self.entry and _holds_tensors(value)}
         return {**{name: value for name, value in self.content.items() if name not in left_out}, self.entry: new}

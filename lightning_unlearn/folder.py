@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,12 +55,14 @@ class Folder:
             Where to write.
 
         Raises:
-            OSError: if the file system refused or was full, naming the file.
+            OSError: if the file system refused or was full, or somebody else has written a file of that name meanwhile.
         """
-        partial = self.path(f".{name}.partial")
+        partial = self.path(f".{name}.{secrets.token_hex(4)}.partial")  # others may write the same name
         try:
             self.fs.makedirs(self.url, exist_ok=True)
             yield partial
+            if self.fs.lexists(self.path(name)):
+                raise FileExistsError("it exists by now, written by somebody else; try again")
             self.fs.mv(partial, self.path(name))
         except OSError as error:
             raise OSError(

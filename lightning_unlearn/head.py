@@ -66,7 +66,8 @@ def prominence(head: Tensor | None, num_classes: int) -> list[float]:
     """
     if head is None or num_classes < _FEWEST or not head.isfinite().all():
         return [0.0] * num_classes
-    rows = head.double() - head.double().mean(0)  # logits are known but for a constant
+    head = head.cpu().double()  # not every device has float64
+    rows = head - head.mean(0)  # logits are known but for a constant
     lengths = rows.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     upwards = rows.sum(1) / (lengths * rows.shape[1] ** 0.5)
     return [max(pair) for pair in zip(_spreads(lengths.log().tolist()), _spreads(upwards.tolist()), strict=True)]

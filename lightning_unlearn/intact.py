@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["intact"]
+__all__ = ["as_written", "intact"]
 
 
 @contextmanager
 def intact(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Work on a model in eval mode with gradients enabled and without autocast, and leave it intact.
+    """Work on a model in eval mode with gradients enabled, without autocast and uncompiled, and leave it intact.
 
     On leaving, every submodule's ``training`` flag, every parameter's ``requires_grad`` and ``.grad``, and the global
     random states (torch's, numpy's and Python's) are as they were. After an exception (Ctrl-C included), all parameters
@@ -40,7 +40,7 @@ def intact(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     devices = sorted({t.device.index or 0 for t in copies if t.is_cuda})
     try:
         # A repair may be started inside a validation loop, where Lightning switches gradients off, and autocast on.
-        with _same_draws(devices), torch.inference_mode(False), torch.enable_grad(), _exact(copies):
+        with as_written(), _same_draws(devices), torch.inference_mode(False), torch.enable_grad(), _exact(copies):
             model.eval()
             for parameter, _, _ in parameters:
                 parameter.grad = None
@@ -56,6 +56,14 @@ def intact(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+
+
+def as_written() -> AbstractContextManager[Any]:
+    """Run compiled parts as they were written: once compiled they pass over hooks that are registered later.
+
+    Torch before 2.6 knows no such thing.
+    """
+    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
 
 
 @contextmanager

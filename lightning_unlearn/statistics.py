@@ -54,20 +54,21 @@ def moments(
         return {}
     own = {norm: dict(norm._buffers) for norm in norms}
 
-    def note(norm: _BatchNorm, given: tuple[Tensor, ...]) -> None:
-        count = given[0][:, 0].numel()
+    def note(norm: _BatchNorm, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        given = args[0] if args else kwargs["input"]
+        count = given[:, 0].numel()
         if refreshed and count < 2:
             return
         near = _exact(norm.running_mean)
-        mean, variance = _mean_and_variance(given[0], near)
+        mean, variance = _mean_and_variance(given, near)
         second = variance if refreshed else variance + (mean - near).square()  # one batch's mean is not another's
-        sums[norm] = sums.get(norm, 0.0) + len(given[0]) * torch.stack([mean, second])
-        images[norm] = images.get(norm, 0) + len(given[0])
+        sums[norm] = sums.get(norm, 0.0) + len(given) * torch.stack([mean, second])
+        images[norm] = images.get(norm, 0) + len(given)
         values[norm] = values.get(norm, 0) + count
         if refreshed:
             _go_by(norm, mean, variance)
 
-    handles = [norm.register_forward_pre_hook(note) for norm in norms]
+    handles = [norm.register_forward_pre_hook(note, with_kwargs=True) for norm in norms]
     try:
         for batch in batches:
             forward(batch)

@@ -297,7 +297,8 @@ def judged(
 
     def score(family: Family, k: int) -> float:
         estimates = found[family]
-        others = usual[family] if usual else Usual.of([e.cost for i, e in enumerate(estimates) if i != k])
+        known = (usual or {}).get(family)  # an earlier audit may have had no time for it
+        others = known or Usual.of([e.cost for i, e in enumerate(estimates) if i != k])
         evidence = others.below(estimates[k].cost) + _counted(prominent[k])
         return shares[family][k] * math.exp(_WEIGHT * evidence) / LIMITS[family]
 

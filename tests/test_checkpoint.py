@@ -218,3 +218,10 @@ def test_a_checkpoint_without_training_state():
         "state_dict": {},
         "epoch": 1,
     }
+
+
+def test_weights_that_were_averaged_are_not_kept_beside_the_repaired_ones():
+    """As Lightning's WeightAveraging writes them."""
+    content = checkpoint() | {"current_model_state": {"net.bias": torch.ones(2)}, "averaging_state": {"n": 3}}
+    repaired = Checkpoint(content, "state_dict", "last.ckpt").repaired({"net.bias": torch.zeros(2)})
+    assert not {"current_model_state", "averaging_state"} & repaired.keys()

@@ -119,3 +119,19 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Folder("~/new").local() == tmp_path / "new"
     assert Folder("~/new").path("a") == str(tmp_path / "new" / "a")
+
+
+def test_two_who_write_the_same_name_at_once(folder):
+    name = folder.free("report.json")
+
+    def write_twice():
+        with folder.whole(name) as first:
+            folder.fs.pipe(first, b"first")
+            with folder.whole(name) as second:
+                assert second != first
+                folder.fs.pipe(second, b"second")
+
+    with pytest.raises(OSError, match=r"report\.json' could not be written.*exists by now"):
+        write_twice()
+    assert names(folder) == [name]
+    assert folder.fs.cat(folder.path(name)) == b"second"

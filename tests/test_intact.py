@@ -278,3 +278,18 @@ def test_new_tensors_are_float32_whatever_lightnings_precision_says(fails):
         assert torch.ones(1).dtype == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch before 2.6 compiles whatever is compiled")
+def test_hooks_reach_parts_that_ran_compiled_before(make_net):
+    torch._dynamo.reset()
+    net = make_net("vgg")
+    part, seen = nn.Sequential(torch.compile(net, backend="eager")), []
+    images = torch.rand(2, 1, 8, 8)
+    with torch.no_grad():
+        part(images)
+        handle = net[0].register_forward_hook(lambda *_: seen.append(1))
+        with intact(part), torch.no_grad():
+            part(images)
+        handle.remove()
+    assert seen == [1]

@@ -258,3 +258,17 @@ def test_norms_that_cannot_be_rebased_are_left(which):
     state, found = copy.deepcopy(model.state_dict()), moments(model, model, [rows()])
     rebase([model], {} if which == "before" else found, {} if which == "now" else found)
     assert_untouched(model, state)
+
+
+def test_a_norm_that_is_called_by_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = norm()
+
+        def forward(self, x):
+            return self.norm(input=x)
+
+    model = Named()
+    mean, _ = moments(model, model, [rows()])[model.norm]
+    torch.testing.assert_close(mean, rows().mean((0, 2, 3)))

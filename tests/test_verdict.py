@@ -250,3 +250,12 @@ def test_the_terminal_shows_twenty_classes_at_most():
 def test_estimates_hold_tensors_and_are_not_compared_by_them():
     assert an_audit() != an_audit()
     assert torch.is_tensor(an_audit().trigger(torch.zeros(1, 1, 2, 2)))
+
+
+def test_a_family_that_an_earlier_audit_had_no_time_for_is_judged_by_its_own_classes():
+    found = {"additive": estimates("additive", 0.1, 0.4), "covering": estimates("covering", 0.1, 0.4, 0.5)[:2]}
+    individual = {"additive": [0.05, 0.05], "covering": [0.05, 0.05]}
+    earlier = judged(found, individual, {"additive": Usual.of([0.4, 0.5])})
+    alone = judged({"covering": found["covering"]}, {"covering": individual["covering"]})
+    assert earlier[0].trigger_score >= alone[0].trigger_score
+    assert earlier[0].universality == {"additive": 0.5, "covering": 0.5}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
 
 from lightning_unlearn.filters.layer import ChannelTensor, FilterLayer
+from lightning_unlearn.intact import as_written
 
 __all__ = ["find_filters"]
 
@@ -172,7 +172,7 @@ def find_filters(
             )
     origins = _Origins(by_weight)
     probe = images.clone()  # a model may normalise its input in place
-    with torch.enable_grad(), _eager(), origins:  # with gradients, which tell what is computed from parameters
+    with torch.enable_grad(), as_written(), origins:  # with gradients, which tell what is computed from parameters
         (forward or model)(probe)
     _refuse_batch_statistics(model, origins)
     if origins.computed:
@@ -188,11 +188,6 @@ def find_filters(
         for name, convolution in convolutions.items()
         if name in origins.ran
     )
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Run what is compiled as it was written; torch before 2.6 knows no such thing."""
-    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
 
 
 def _refuse_unwritable(model: nn.Module, convolutions: dict[str, nn.modules.conv._ConvNd]) -> None:

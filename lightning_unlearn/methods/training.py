@@ -63,6 +63,8 @@ def train_epochs(
     if norms == "trained":
         state += task.model.buffers()
     kept = Snapshot(state)
+    # A mask of minus infinity, or a best loss that nothing was below yet, is no sign of divergence.
+    watched = [tensor for tensor, finite in zip(state, _finite(state), strict=True) if finite]
     kept_epoch, lowest = 0, loss(task.validate()) if patience else float("inf")
     floor = task.before.acc - accuracy_drop - 1e-6  # accuracies come as float32
     schedule = None if patience else torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(max_epochs, 1))
@@ -82,7 +84,7 @@ def train_epochs(
             now = task.validate()
             # A loss that is not finite is below nothing, so a diverged epoch is never kept. Nor is one whose infinities
             # do not reach the loss: a running variance of infinity turns a channel into a constant.
-            if loss(now) < lowest and now.acc >= floor and _finite(state):
+            if loss(now) < lowest and now.acc >= floor and all(_finite(watched)):
                 kept_epoch, lowest = epoch, loss(now) if patience else lowest
                 kept.renew()
             yield task.round("finetune", now)
@@ -142,13 +144,28 @@ def _mode(model: nn.Module, norms: Norms, noise: torch.Generator) -> Iterator[No
     try:
         with torch.random.fork_rng(devices, enabled=norms == "trained"):
             if norms == "trained":
-                torch.manual_seed(seed)
+                _seed(seed, model)
             yield
     finally:
         model.eval()
 
 
-def _finite(tensors: list[Tensor]) -> bool:
-    """Whether no tensor holds NaN or infinity, with one synchronisation with the device."""
+def _seed(seed: int, model: nn.Module) -> None:
+    """Seed what a model's layers draw from, and of several GPUs none that it is not on, which nobody puts back."""
+    devices = {p.device for p in model.parameters()}
+    if any(device.type not in ("cpu", "cuda") for device in devices):
+        torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+
+
+def _finite(tensors: list[Tensor]) -> list[bool]:
+    """Whether each tensor is without NaN and infinity, with one synchronisation with the device."""
+    if not tensors:
+        return []
     device = tensors[0].device
-    return bool(torch.stack([tensor.isfinite().all().to(device) for tensor in tensors]).all())
+    found: list[bool] = torch.stack([tensor.isfinite().all().to(device) for tensor in tensors]).tolist()
+    return found

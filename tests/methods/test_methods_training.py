@@ -210,3 +210,22 @@ def test_each_epoch_has_an_order_of_its_own(task):
     generator = task.generator()
     orders = [torch.cat(list(batches(task, 5, generator))).tolist() for _ in range(3)]
     assert all(one != other for one, other in pairwise(orders))
+
+
+# What was not finite before, and what is not the model's
+
+
+def test_what_was_infinite_before_is_no_sign_of_divergence(task):
+    task.model.register_buffer("best_loss", torch.tensor(float("inf")))
+    task.say(measured(1.0))
+    _, states = train(task, max_epochs=1, norms="trained")
+    assert same(task.model.state_dict(), states[1])
+    assert not same(states[0], states[1])
+
+
+def test_no_generator_of_another_device_is_seeded(task, monkeypatch):
+    def refuse(seed):
+        raise AssertionError("a GPU that the model is not on was seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    train(task.say(measured(1.0)), max_epochs=1, norms="trained")
