@@ -229,8 +229,7 @@ class BackdoorUnlearning(Callback):
         training = CombinedLoader(trainer.train_dataloader).flattened  # there may be several
         layers = rehearsal.run(lambda: self.clean_images(pl_module), training)
         if self._mask is not None:
-            self._held = FilterMask(layers)
-            self._held.load_state_dict(self._mask)
+            self._held = FilterMask(layers, self._mask)
 
     def _forget(self) -> None:
         """Forget what an earlier fit has repaired, but not what was loaded for this one."""

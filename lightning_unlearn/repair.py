@@ -131,6 +131,7 @@ def repair_split(
     forward: Callable[[Tensor], Tensor] | None = None,
     on_round: Callable[[Round], object] | None = None,
     on_progress: Progress | None = None,
+    held: Mapping[str, Tensor] | None = None,
     processes: Processes = ALONE,
 ) -> RepairResult:
     """Remove a backdoor from a model with clean images that are split and loaded already.
@@ -143,6 +144,7 @@ def repair_split(
         forward: how to get logits from images; the model itself by default.
         on_round: as for :func:`repair`.
         on_progress: as for :func:`repair`.
+        held: what earlier repairs pruned, and must stay so, as :meth:`FilterMask.state_dict` has it.
         processes: those that repair the model together, all of which must call this with the same model and images.
 
     Returns:
@@ -182,6 +184,7 @@ def repair_split(
             if method is None or (method.needs_trigger and not isinstance(method, Alternation)):
                 method = Alternation(method)
         method = method or MaskPrune()
+        mask = FilterMask(layers, held)  # before anything is measured
         scoring, validation = (
             Pairs.stamp(images, labels, trigger, num_classes=logits.shape[1]).to(first.device, first.dtype)
             for images, labels in parts
@@ -189,7 +192,7 @@ def repair_split(
         task = RepairTask(
             model=model,
             forward=forward,
-            mask=FilterMask(layers),
+            mask=mask,
             scoring=scoring,
             validation=validation,
             before=evaluate(forward, validation[processes.share(len(validation))].batches(plan.batch_size), processes),
@@ -220,6 +223,7 @@ def repair_split(
                 held_after = held_before
                 task.mask.undo(task.mask.steps)
                 _restore(model, original)
+                task.mask.hold()
             status = "not improved" if _is_as_before(model, original) else "repaired"
             if status == "repaired":
                 settle()

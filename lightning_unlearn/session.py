@@ -122,10 +122,9 @@ class Session:
                 forward=self.logits,
                 on_round=on_round,
                 on_progress=on_progress,
+                held=None if held is None else held.state_dict(),
                 processes=processes,
             )
-        if held is not None:  # fine-tuning held this repair's filters, not those of earlier ones
-            result.mask.load_state_dict(held.state_dict())
         if result.audit is not None:
             self._log_pictures(split.scoring, result.trigger, num_classes, "estimated_trigger")
         processes.align(module)

@@ -143,3 +143,19 @@ def test_a_buffer_that_is_no_number_is_no_repair(hand_victim, change):
 
     result = repair(hand_victim.net, hand_victim.clean, trigger=hand_victim.trigger, method=Spy(maybe))
     assert result.status == ("repaired" if change else "not improved")
+
+
+# What earlier repairs pruned
+
+
+@pytest.mark.parametrize("method", [Spy, Vandal, *METHODS])
+def test_what_is_held_is_pruned_before_anything_is_measured_and_stays_so(hand_victim, method):
+    net, trigger = hand_victim.net, hand_victim.trigger
+    held = {"0": torch.tensor([False, False, False, True])}  # without which the model has no backdoor
+    images, labels = hand_victim.clean.tensors
+    split = Split((images, labels), (images[:20], labels[:20]))
+    result = repair_split(net, split, RepairPlan(trigger=trigger, method=method(), force=True), held=held)
+    assert result.before.asr == 0
+    assert result.pruned["0"][-1] == 3
+    assert net[0].weight[3].count_nonzero() == 0
+    assert asr(net, hand_victim.clean, trigger) == pytest.approx(result.held[1].asr)

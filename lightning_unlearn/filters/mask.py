@@ -36,6 +36,10 @@ class FilterMask:
 
     Args:
         layers: what :func:`find_filters` found.
+        pruned: filters to prune for good, as no step that could be undone: bools by layer as in :meth:`state_dict`.
+
+    Raises:
+        ValueError: if ``pruned`` is of other layers.
 
     Example:
         >>> import torch
@@ -51,7 +55,7 @@ class FilterMask:
         {}
     """
 
-    def __init__(self, layers: Sequence[FilterLayer]) -> None:
+    def __init__(self, layers: Sequence[FilterLayer], pruned: Mapping[str, Tensor] | None = None) -> None:
         self.layers = tuple(layers)
         self._by_name = {layer.name: layer for layer in self.layers}
         self._ends = list(accumulate(layer.channels for layer in self.layers))
@@ -60,6 +64,9 @@ class FilterMask:
         self._steps: list[tuple[list[FilterId], list[_Saved], Tensor]] = []
         self._kept = torch.ones(self.total)
         self._pruned: dict[FilterId, int] = {}  # flat index of each pruned filter, in the order of pruning
+        if pruned is not None:
+            self.load_state_dict(pruned)
+            self._steps.clear()
 
     @property
     def total(self) -> int:

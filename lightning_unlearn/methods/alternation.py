@@ -185,7 +185,8 @@ class _Moment:
 
     def put_back(self) -> None:
         self.mask.undo(self.mask.steps)
-        self.mask.prune(self.pruned)
+        # Undone is all but what earlier repairs pruned for good.
+        self.mask.prune([filter_id for filter_id in self.pruned if filter_id not in self.mask.pruned])
         self.mask.fold(self.kept)
         self.weights.put_back()
 

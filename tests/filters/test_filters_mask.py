@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_unlearn.filters import ChannelTensor
+from lightning_unlearn.filters import ChannelTensor, FilterMask
 from tests.filters.mixed_nets import FACTORS, TOTAL, bits, build, images, mask_of
 
 STEPS = st.lists(
@@ -313,3 +313,19 @@ def test_a_copied_model_holds_the_zeros_without_a_mask():
     twin = copy.deepcopy(net)
     assert torch.equal(twin(images()), net(images()))
     assert list(twin.state_dict()) == list(build().state_dict())
+
+
+def test_what_is_pruned_from_the_start_is_no_step():
+    net = build(0)
+    first = mask_of(net)
+    first.prune([first.locate(2), first.locate(7)])
+    state, zeroed = first.state_dict(), bits(net)
+    first.undo()
+    mask = FilterMask(first.layers, state)
+    assert bits(net) == zeroed
+    assert (mask.steps, set(mask.pruned)) == (0, {first.locate(2), first.locate(7)})
+    mask.prune([mask.locate(0)])
+    mask.undo(mask.steps)
+    assert bits(net) == zeroed
+    with pytest.raises(ValueError, match="state: it masks layers"):
+        FilterMask(first.layers, {"other": torch.tensor([True])})

@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_unlearn import repair
 from lightning_unlearn.auditor import Auditor, TimeOverError
+from lightning_unlearn.filters import FilterMask
 from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, MaskPrune, RepairMethod
 from lightning_unlearn.methods.lessons import lessons
 from lightning_unlearn.triggers import AdditiveTrigger, PatchTrigger, TriggerPool
@@ -395,3 +396,12 @@ def test_the_default_method_learns_masks_alone():
     method = Alternation().method
     assert isinstance(method, MaskPrune)
     assert (method.finetune, method.target_weight) == (False, 0)
+
+
+def test_what_earlier_repairs_pruned_stays_so(task, monkeypatch):
+    scripted(monkeypatch, 2.0)
+    task.mask = FilterMask(task.mask.layers, {"0": torch.tensor([False, True, False, False])})
+    method = Recorder(lambda stage: stage.mask.prune([("0", 0)]))
+    list(Alternation(method, rounds=2, accuracy_drop=1.0).repair(task))
+    assert len(method.tasks) == 2
+    assert task.mask.pruned == (("0", 1), ("0", 0))
