@@ -148,6 +148,10 @@ class Auditor:
         if self.max_time is not None and not self.max_time > 0:
             raise ValueError(f"max_time: expected a number of seconds above 0, or None, but got {self.max_time}.")
 
+    def within(self, images: int) -> Auditor:
+        """The same with at most so many images in one forward pass."""
+        return replace(self, at_once=min(self.at_once, images), batch_size=min(self.batch_size, images))
+
     def audit(
         self,
         forward: Callable[[Tensor], Tensor],
@@ -193,14 +197,17 @@ class Auditor:
         pixels, held = (in_pixels(part, normalization) for part in (images, held_out))
 
         def on_pixels(part: Tensor) -> Tensor:
-            return logits_of(forward, part if normalization is None else normalization.apply(part))
+            # With gradients it would save nothing to split them.
+            parts = [part] if torch.is_grad_enabled() else torch.split(part, self.at_once)
+            taken = (one if normalization is None else normalization.apply(one) for one in parts)
+            return torch.cat([logits_of(forward, one) for one in taken])
 
         logits = _answers(on_pixels, pixels)
         num_classes = logits.shape[1]
         known = (
             logits.argmax(1) if labels is None else Pairs.stamp(pixels, labels, None, num_classes=num_classes).labels
         )
-        _refuse_no_gradient(on_pixels, pixels)
+        _refuse_no_gradient(on_pixels, pixels[: self.at_once])
         wanted = list(range(num_classes) if classes is None else classes)
         prominent = prominence(None if model is None else head_of(model, num_classes), num_classes)
 
@@ -349,7 +356,7 @@ def _usable(
 
 @torch.no_grad()
 def _answers(forward: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-    logits = torch.cat([forward(part) for part in torch.split(pixels, 128)])
+    logits = forward(pixels)
     if not logits.isfinite().all():
         raise ValueError("model: its logits hold NaN or infinity; check the weights and the range of the images.")
     answers = logits.argmax(1)

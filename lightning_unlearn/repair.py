@@ -65,7 +65,8 @@ def repair(
         share: the share of ``dataset`` to draw instead, in (0, 1]; then give ``samples_per_class=None``.
         validation_share: the part of each class that validates, at least one image.
         seed: seed of the draw and of everything random in the method.
-        batch_size: most images in one forward pass; if memory runs out, half as many are tried once.
+        batch_size: most clean images in one forward pass, with as many triggered ones, when rates are measured and
+            triggers estimated, and half as many as in a step of training; if memory runs out, half are tried once.
         force: repair even if the trigger's attack success rate is already low.
         min_asr: below this rate, on the images drawn, a model counts as not backdoored and is left alone.
         auditor: how to estimate an unknown trigger.
@@ -156,7 +157,8 @@ def repair_split(
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper shares the parameters of what it wraps
     forward = forward or model
-    trigger, method, auditor = plan.trigger, plan.method, plan.auditor or Auditor(seed=plan.seed)
+    trigger, method = plan.trigger, plan.method
+    auditor = (plan.auditor or Auditor(seed=plan.seed)).within(2 * plan.batch_size)
     watch, rounds = Stopwatch(), []
     with intact(model) as original, watch.measure("total"):
         labels = [part[1].tolist() for part in (split.scoring, split.validation)]

@@ -109,3 +109,10 @@ def test_later_families_that_time_cuts_short_are_left_out(monkeypatch, suspected
         assert {estimate.family for estimate in found.estimates} <= set(families)
         seen.add(families)
     assert seen == {COMPARED[:1], COMPARED[:2], COMPARED}
+
+
+def test_no_more_images_than_one_forward_pass_may_have():
+    auditor = Auditor(at_once=64, batch_size=16, seed=3)
+    assert auditor.within(256) == auditor
+    assert auditor.within(32) == Auditor(at_once=32, batch_size=16, seed=3)
+    assert auditor.within(4) == Auditor(at_once=4, batch_size=4, seed=3)

@@ -180,3 +180,11 @@ def test_their_normalisation_is_found(hand_victim, verdict):
     result = repair(undo, Images(images), method=spy, auditor=FAST, force=True)
     assert result.trigger.normalization.mean == (0.5,)
     assert result.scoring.clean.min() == -2
+
+
+def test_a_smaller_batch_size_makes_every_forward_pass_smaller(hand_victim, verdict):
+    verdict(2.0)
+    sizes = []
+    hand_victim.net.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    repair(hand_victim.net, hand_victim.clean, auditor=Auditor(steps=4), batch_size=4)
+    assert max(sizes) <= 4 * 4

@@ -139,7 +139,7 @@ class Alternation(RepairMethod):
     def _audit(self, task: RepairTask, number: int, **options: Any) -> Audit:
         """What some classes of the model look like after a repair, as the first process finds it."""
         examine = partial(
-            replace(self.auditor or task.auditor, seed=task.seed + number).audit,
+            replace(self.auditor or task.auditor, seed=task.seed + number).within(2 * task.batch_size).audit,
             lambda images: task.forward(images.to(task.scoring.clean.dtype)),
             task.scoring.clean,
             task.scoring.labels,

@@ -105,7 +105,8 @@ class NeuralAttentionDistillation(RepairMethod):
                 logits = task.logits(task.scoring.clean[chosen])
             loss = F.cross_entropy(logits, task.scoring.labels[chosen])
             for beta, given, taught in zip(betas, maps(), wanted, strict=True):
-                loss = loss + beta * F.mse_loss(given, taught[chosen])
+                if given is not None:
+                    loss = loss + beta * F.mse_loss(given, taught[chosen])
             loss.backward()  # type: ignore[no-untyped-call]  # torch's is untyped
             optimizer.step()
 
@@ -155,10 +156,11 @@ def _find_places(task: RepairTask, most: int) -> tuple[_Place, ...]:
 
 
 @contextmanager
-def _watched(places: Sequence[_Place]) -> Iterator[Callable[[], list[Tensor]]]:
+def _watched(places: Sequence[_Place]) -> Iterator[Callable[[], list[Tensor | None]]]:
     """Keep the outputs of a forward pass within the ``with`` block; what is yielded gives their maps, (N, H·W) each.
 
-    The maps are to be made after the pass: an activation that works in place writes into the outputs.
+    Where a layer did not run, as stochastic depth has it in train mode, there is None. The maps are to be made after
+    the pass: an activation that works in place writes into the outputs.
     """
     outputs: dict[_Place, Tensor] = {}
 
@@ -169,7 +171,7 @@ def _watched(places: Sequence[_Place]) -> Iterator[Callable[[], list[Tensor]]]:
 
     handles = [module.register_forward_hook(note) for module in {place.convolution for place in places}]
     try:
-        yield lambda: [_attention(outputs[place]) for place in places]
+        yield lambda: [_attention(outputs[place]) if place in outputs else None for place in places]
     finally:
         for handle in handles:
             handle.remove()
@@ -183,9 +185,9 @@ def _attention(output: Tensor) -> Tensor:
 @torch.no_grad()
 def _teach(task: RepairTask, places: Sequence[_Place]) -> list[Tensor]:
     """The maps of all scoring images, (N, positions) each, of the model as it is now."""
-    batches = []
+    batches: list[list[Tensor]] = []
     for pairs in task.scoring.batches(task.batch_size):
         with _watched(places) as maps:
             task.logits(pairs.clean)
-        batches.append(maps())
+        batches.append([given for given in maps() if given is not None])  # in eval mode all layers run
     return [torch.cat(parts) for parts in zip(*batches, strict=True)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
@@ -181,12 +182,12 @@ def _watch(task: RepairTask, linear: nn.Linear, pairs: Pairs) -> _Seen:
 
     def note(_: nn.Linear, inputs: Tensor, outputs: Tensor) -> None:
         seen.append(inputs.detach().clone())
-        blocks.append(_block(inputs))
+        blocks.append(flattened.block_of(inputs))
         named.append(outputs.argmax(1))
 
     for batch in pairs.batches(task.batch_size):
         named: list[Tensor] = []
-        with _hooked([linear], note):
+        with _Flattened() as flattened, _hooked([linear], note):
             logits = task.logits(batch.clean)
         agree.append((named[0] == logits.argmax(1)).all())
     if not torch.stack(agree).all():
@@ -197,12 +198,32 @@ def _watch(task: RepairTask, linear: nn.Linear, pairs: Pairs) -> _Seen:
     return _Seen(torch.cat(seen), blocks[0])
 
 
-def _block(inputs: Tensor) -> int:
-    """How many inputs come from one channel: more than one if they are a map, (N, C, ...), seen as (N, inputs)."""
-    base = inputs._base
-    if base is None or base.ndim < 3 or base.numel() != inputs.numel() or base.shape[0] != inputs.shape[0]:
-        return 1
-    return inputs.shape[1] // base.shape[1] if base.is_contiguous() else 1
+class _Flattened(TorchFunctionMode):
+    """Notes which tensors, (N, inputs), are maps, (N, C, ...), whose channels follow each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._blocks: dict[int, tuple[Tensor, int]] = {}  # with the tensor, so that its id is not given to another one
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        maps = args[0] if args else None
+        if (
+            func.__name__ in ("flatten", "reshape", "view")
+            and isinstance(maps, Tensor)
+            and isinstance(result, Tensor)
+            and (maps.ndim > 2, result.ndim, len(result), result.numel()) == (True, 2, len(maps), maps.numel())
+            # Of a view, such as a permutation, it is not known which dimension runs over channels.
+            and maps._base is None
+        ):
+            self._blocks[id(result)] = result, result.shape[1] // maps.shape[1]
+        return result
+
+    def block_of(self, inputs: Tensor) -> int:
+        """How many inputs, one after the other, come from one channel."""
+        return self._blocks.get(id(inputs), (inputs, 1))[1]
 
 
 @contextmanager

@@ -96,10 +96,11 @@ def train_epochs(
 def batches(task: RepairTask, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Indices of the scoring pairs in a new order, ``size`` at a time, (B,) on their device.
 
-    A last batch of one image joins the one before it, where others are larger: it has no variance for a norm in train
-    mode.
+    At most twice the task's ``batch_size`` at a time, so that a smaller one is a remedy where memory runs out. A last
+    batch of one image joins the one before it, where others are larger: it has no variance for a norm in train mode.
     """
     order = torch.randperm(len(task.scoring), generator=generator).to(task.scoring.labels.device)
+    size = min(size, 2 * task.batch_size)
     parts = list(torch.split(order, size))
     if size > 1 and len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]

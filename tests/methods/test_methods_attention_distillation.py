@@ -190,3 +190,20 @@ def test_through_repair(make_net, make_clean, stages, name, channels):
 def test_hyper_parameters(given, match):
     with pytest.raises(ValueError, match=match):
         NeuralAttentionDistillation(**given)
+
+
+def test_a_layer_that_training_skips_has_no_attention_to_compare(make_net, make_clean, make_task):
+    class Skipping(nn.Module):
+        """Runs its last convolution in eval mode alone, as stochastic depth may."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.classify = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            x = x if self.training else self.last(x).relu()
+            return self.classify(x.mean((2, 3)))
+
+    task = make_task(Skipping(), make_clean(8), PatchTrigger())
+    assert len(list(short(learning_rate=1e-3, accuracy_drop=1.0).repair(task))) == 4

@@ -119,6 +119,14 @@ def test_gradient_checkpointing_changes_nothing(make_net, make_clean, name):
     assert same(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("name", SHORT)
+def test_a_smaller_batch_size_makes_every_forward_pass_smaller(make_net, make_clean, name):
+    net, sizes = make_net("vgg"), []
+    net.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    repair(net, make_clean(20), **options(name, batch_size=2))
+    assert max(sizes) <= 4 * 2  # clean and triggered images, twice as many of both in a step of training
+
+
 @pytest.mark.parametrize("name", UNTOLD)
 def test_the_trigger_is_not_looked_at(new_task, name):
     found = []

@@ -97,11 +97,13 @@ def test_pooled_channels_are_ranked_by_hand(make_net, make_clean, make_task, nam
         assert task.validate().acc < 0.5 * task.before.acc
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("between", [False, True])
-def test_flattened_maps_are_cut_by_channel(make_clean, make_task, between):
+def test_flattened_maps_are_cut_by_channel(make_clean, make_task, between, memory_format):
     torch.manual_seed(0)
     head = [nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4)] if between else [nn.Linear(12, 4)]
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Dropout(), *head)
+    net.to(memory_format=memory_format)
     task = make_task(net, make_clean(8), PatchTrigger(), validation=4)
     with torch.no_grad():
         activations = net[:-1](task.scoring.clean).mean(0)

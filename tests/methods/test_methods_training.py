@@ -206,6 +206,12 @@ def test_a_lone_last_image_joins(task, size, sizes):
     assert sorted(torch.cat(found).tolist()) == list(range(28))
 
 
+@pytest.mark.parametrize(("most", "sizes"), [(128, [28]), (14, [28]), (13, [26, 2]), (4, [8, 8, 8, 4]), (1, [2] * 14)])
+def test_a_step_takes_at_most_twice_the_tasks_batch_size(task, most, sizes):
+    task.batch_size = most
+    assert [len(chosen) for chosen in batches(task, 99, task.generator())] == sizes
+
+
 def test_each_epoch_has_an_order_of_its_own(task):
     generator = task.generator()
     orders = [torch.cat(list(batches(task, 5, generator))).tolist() for _ in range(3)]
