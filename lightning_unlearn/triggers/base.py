@@ -154,11 +154,9 @@ class Trigger(nn.Module):
             raise ValueError(f"target must be in [0, {num_classes}), the classes, but is {self.target}")
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"labels must be of an integer dtype, but are {labels.dtype}")
-        if labels.numel() and not (labels.min() >= 0 and labels.max() < num_classes):
-            raise ValueError(
-                f"labels must be in [0, {num_classes}), the classes, "
-                f"but go from {int(labels.min())} to {int(labels.max())}"
-            )
+        low, high = torch.stack(torch.aminmax(labels)).tolist() if labels.numel() else (0, 0)
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"labels must be in [0, {num_classes}), the classes, but go from {low} to {high}")
         if self.target == "all_to_all":
             return (labels + 1) % num_classes
         return torch.full_like(labels, self.target)
@@ -233,7 +231,7 @@ class Trigger(nn.Module):
     def _check_range(pixels: Tensor, tolerance: float, remedy: str) -> None:
         if pixels.numel() == 0:
             return
-        low, high = (bound.item() for bound in torch.aminmax(pixels.detach()))
+        low, high = torch.stack(torch.aminmax(pixels.detach())).tolist()
         # Written so that NaN, which compares false, raises too.
         if not (low >= -tolerance and high <= 1 + tolerance):
             raise ValueError(f"images must lie in [0, 1], but go from {low:.4g} to {high:.4g}: {remedy}")
