@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.methods import RepairMethod
@@ -55,6 +56,9 @@ class RepairPlan:
             raise TypeError(
                 f"auditor: expected a lightning_unlearn.auditor.Auditor, but got {type(self.auditor).__name__}."
             )
+        for name in ("batch_size", "seed"):
+            if not isinstance(getattr(self, name), Integral):
+                raise TypeError(f"{name}: expected a whole number, but got {getattr(self, name)!r}.")
         check_range("batch_size", self.batch_size, 1, float("inf"))
         check_range("min_asr", self.min_asr, 0, 1)
 

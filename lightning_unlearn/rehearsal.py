@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_unlearn.data.clean import CleanImages, as_taken
 from lightning_unlearn.data.drawn import images_of
 from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.evaluation import logits_of
+from lightning_unlearn.evaluation import logits_of, refuse_probabilities
 from lightning_unlearn.filters import FilterLayer, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.repair import refuse_missing_classes
@@ -99,4 +99,6 @@ class Rehearsal:
                 f"as by torchvision's v2.ToDtype(torch.float32, scale=True). ({error})"
             ) from error
         with torch.no_grad():
-            return layers, logits_of(self.logits, images).shape[1]
+            logits = logits_of(self.logits, images)
+        refuse_probabilities(logits)
+        return layers, logits.shape[1]

@@ -189,7 +189,13 @@ class Report:
         also = f" and turned {turned_down} down by more than half" if turned_down else ""
         targets = ", ".join(map(str, self.suspected_targets or (self.suspected_target,)))
         verdict = f"Verdict: {self.verdict}, target {targets}. " if self.verdict else ""
-        return f"{verdict}{self.method} pruned {pruned} of {total} filters{also} in {self.seconds['total']:.1f} s."
+        labels = (
+            " The clean images had no labels: the model's own answers stood in for them."
+            if self.labels == "predicted"
+            else ""
+        )
+        done = f"{self.method} pruned {pruned} of {total} filters{also} in {self.seconds['total']:.1f} s."
+        return f"{verdict}{done}{labels}"
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
         """Label, before and after of each rate."""

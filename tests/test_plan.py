@@ -27,6 +27,8 @@ def test_what_fits_is_kept_as_it_is():
         ({"method": GradPrune}, TypeError, r"^method: expected a lightning_unlearn.methods.RepairMethod, but got ABC"),
         ({"auditor": "fast"}, TypeError, r"^auditor: expected a lightning_unlearn.auditor.Auditor, but got str"),
         ({"batch_size": 0}, ValueError, r"^batch_size: expected a value in \[1, inf\], but got 0"),
+        ({"batch_size": 128 / 2}, TypeError, r"^batch_size: expected a whole number, but got 64.0"),
+        ({"seed": None}, TypeError, r"^seed: expected a whole number, but got None"),
         ({"min_asr": -0.1}, ValueError, r"^min_asr: expected a value in \[0, 1\], but got -0.1"),
         ({"min_asr": float("nan")}, ValueError, r"^min_asr: expected a value in \[0, 1\], but got nan"),
     ],

@@ -145,3 +145,9 @@ def test_training_draws_what_it_would_have_drawn(rehearse, images, data):
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_probabilities_are_refused_before_training(rehearse, hand_victim, images, known):
+    with pytest.raises(ValueError, match=r"^model: expected logits, but its outputs are probabilities"):
+        rehearse(TensorDataset(images, LABELS), net=nn.Sequential(hand_victim.net, nn.Softmax(1)), known=known)
