@@ -225,6 +225,7 @@ class BackdoorUnlearning(Callback):
             logits=lambda images: self.logits(pl_module, images),
             trigger=self.evaluation_trigger if self.trigger is None else self.trigger,
             estimates=self.trigger is None,
+            method=self.method,
         )
         training = CombinedLoader(trainer.train_dataloader).flattened  # there may be several
         layers = rehearsal.run(lambda: self.clean_images(pl_module), training)

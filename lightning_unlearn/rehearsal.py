@@ -16,6 +16,7 @@ from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import logits_of, refuse_probabilities
 from lightning_unlearn.filters import FilterLayer, find_filters
 from lightning_unlearn.intact import intact
+from lightning_unlearn.methods import RepairMethod, Subject
 from lightning_unlearn.repair import refuse_missing_classes
 from lightning_unlearn.triggers import Normalization, Trigger
 from lightning_unlearn.triggers.normalization import in_pixels
@@ -32,12 +33,14 @@ class Rehearsal:
         logits: images to logits, through the module.
         trigger: what will be stamped, None if nothing will.
         estimates: whether triggers will be estimated, for which images must be pixels.
+        method: what will repair, None for the default, which fits every model.
     """
 
     module: LightningModule
     logits: Callable[[Tensor], Tensor]
     trigger: Trigger | None
     estimates: bool
+    method: RepairMethod | None = None
 
     def run(self, draw: Callable[[], CleanImages], training: Iterable[object]) -> tuple[FilterLayer, ...]:
         """Try all that, and find the model's filters.
@@ -101,4 +104,6 @@ class Rehearsal:
         with torch.no_grad():
             logits = logits_of(self.logits, images)
         refuse_probabilities(logits)
+        if self.method is not None:
+            self.method.refuse_misfit(Subject(self.module, self.logits, layers, images))
         return layers, logits.shape[1]

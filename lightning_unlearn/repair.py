@@ -17,7 +17,7 @@ from lightning_unlearn.evaluation import evaluate, logits_of, refuse_probabiliti
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.memory import tries_smaller_batches
-from lightning_unlearn.methods import Alternation, MaskPrune, RepairMethod, RepairTask, Round, Stopwatch
+from lightning_unlearn.methods import Alternation, MaskPrune, RepairMethod, RepairTask, Round, Stopwatch, Subject
 from lightning_unlearn.plan import RepairPlan
 from lightning_unlearn.processes import ALONE, Processes
 from lightning_unlearn.result import RepairResult
@@ -173,6 +173,8 @@ def repair_split(
             raise ValueError("model: its logits hold NaN or infinity; check the weights and the range of the images.")
         refuse_probabilities(logits)
         refuse_missing_classes(split.scoring[1], split.validation[1], num_classes=logits.shape[1])
+        if method is not None:
+            method.refuse_misfit(Subject(model, forward, layers, probe))
         # Copies, because no gradient can pass tensors that were loaded inside `torch.inference_mode`.
         parts = [(images.clone(), labels.clone()) for images, labels in (split.scoring, split.validation)]
         audit: Audit | None = None

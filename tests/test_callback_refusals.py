@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_unlearn import BackdoorUnlearning
+from lightning_unlearn.methods import ChannelLipschitzPruning
 from lightning_unlearn.triggers import PatchTrigger, Trigger
 from tests.callback_fits import Loaders, Model, Steps, files, quick
 
@@ -95,6 +96,7 @@ class NotANumber(Trigger):
         ({"trigger": PatchTrigger(size=1, target=3)}, r"target.*3.*"),
         ({"trigger": Grows()}, r"the trigger Grows must keep the shape"),
         ({"trigger": NotANumber()}, r"the trigger NotANumber returned NaN"),
+        ({"method": ChannelLipschitzPruning()}, r"model: ChannelLipschitzPruning needs"),
     ],
     ids=str,
 )

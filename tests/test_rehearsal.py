@@ -16,19 +16,30 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from lightning_unlearn import HoldoutDataModule
 from lightning_unlearn.data.clean import CleanImages
 from lightning_unlearn.filters import FilterLayer
+from lightning_unlearn.methods import (
+    ActivationGuidedEditing,
+    AdversarialNeuronPruning,
+    Alternation,
+    ChannelLipschitzPruning,
+    FinePruning,
+    NeuralAttentionDistillation,
+    ReconstructiveNeuronPruning,
+    RepairMethod,
+)
 from lightning_unlearn.rehearsal import Rehearsal
 from tests.callback_fits import Model
 
 
 @pytest.fixture
 def rehearse(hand_victim) -> Callable[..., tuple[FilterLayer, ...]]:
-    """``rehearse(data, net=..., known=...)``: with the hand-made victim and its trigger."""
+    """``rehearse(data, net=..., known=..., method=...)``: with the hand-made victim and its trigger."""
 
-    def run(data: Any, *, net: nn.Module | None = None, known: bool = True) -> tuple[FilterLayer, ...]:
+    def run(
+        data: Any, *, net: nn.Module | None = None, known: bool = True, method: RepairMethod | None = None
+    ) -> tuple[FilterLayer, ...]:
         module = Model(net or hand_victim.net)
-        rehearsal = Rehearsal(
-            module=module, logits=module, trigger=hand_victim.trigger if known else None, estimates=not known
-        )
+        trigger = hand_victim.trigger if known else None
+        rehearsal = Rehearsal(module=module, logits=module, trigger=trigger, estimates=not known, method=method)
         return rehearsal.run(lambda: CleanImages(data, module, logits=module, samples_per_class=4), [])
 
     return run
@@ -151,3 +162,25 @@ def test_training_draws_what_it_would_have_drawn(rehearse, images, data):
 def test_probabilities_are_refused_before_training(rehearse, hand_victim, images, known):
     with pytest.raises(ValueError, match=r"^model: expected logits, but its outputs are probabilities"):
         rehearse(TensorDataset(images, LABELS), net=nn.Sequential(hand_victim.net, nn.Softmax(1)), known=known)
+
+
+MISFITS = {
+    "AGE": ActivationGuidedEditing(),
+    "AGE within": Alternation(ActivationGuidedEditing()),
+    "ANP": AdversarialNeuronPruning(),
+    "CLP": ChannelLipschitzPruning(),
+    "FP": FinePruning(),
+    "NAD": NeuralAttentionDistillation(),
+    "RNP": ReconstructiveNeuronPruning(),
+}
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_method_that_does_not_fit_the_model_is_refused_before_training(rehearse, images, name, labelled):
+    net = nn.Sequential(nn.Conv2d(1, 3, 4), nn.Flatten())
+    data = TensorDataset(images, LABELS) if labelled else TensorDataset(images)
+    assert len(rehearse(data, net=net)) == 1
+    match = rf"^model: {type(MISFITS[name.removesuffix(' within')]).__name__} needs .*MaskPrune"
+    with pytest.raises(ValueError, match=match):
+        rehearse(data, net=net, method=MISFITS[name])

@@ -12,7 +12,14 @@ from torchvision.transforms import v2
 from lightning_unlearn import auditor as audits
 from lightning_unlearn import repair
 from lightning_unlearn.auditor import Auditor
-from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, MaskPrune, RepairMethod
+from lightning_unlearn.methods import (
+    Alternation,
+    ChannelLipschitzPruning,
+    FineTuning,
+    GradPrune,
+    MaskPrune,
+    RepairMethod,
+)
 
 FAST = Auditor(steps=25)
 QUICK = GradPrune(max_rounds=1, finetune=False)
@@ -42,6 +49,12 @@ def verdict(monkeypatch):
         monkeypatch.setattr(audits, "judged", scored)
 
     return set_to
+
+
+def test_a_method_that_does_not_fit_is_refused_before_the_audit(hand_victim, monkeypatch):
+    monkeypatch.setattr(audits.Auditor, "audit", lambda *args, **kwargs: pytest.fail("audited"))
+    with pytest.raises(ValueError, match=r"^model: ChannelLipschitzPruning needs"):
+        repair(hand_victim.net, hand_victim.clean, method=ChannelLipschitzPruning(), samples_per_class=4)
 
 
 class Spy(RepairMethod):

@@ -15,6 +15,7 @@ from lightning_unlearn.methods.mask_prune import MaskPrune
 from lightning_unlearn.methods.reconstructive_pruning import ReconstructiveNeuronPruning
 from lightning_unlearn.methods.shared_adversarial import SharedAdversarialUnlearning
 from lightning_unlearn.methods.sharpness_aware import SharpnessAwareFineTuning
+from lightning_unlearn.methods.subject import Subject
 
 __all__ = [
     "ActivationGuidedEditing",
@@ -35,4 +36,5 @@ __all__ = [
     "SharedAdversarialUnlearning",
     "SharpnessAwareFineTuning",
     "Stopwatch",
+    "Subject",
 ]

@@ -16,6 +16,7 @@ from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.filters.layer import FilterLayer
 from lightning_unlearn.methods.affine import find_gammas
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
+from lightning_unlearn.methods.subject import Subject
 from lightning_unlearn.methods.training import train_epochs
 
 __all__ = ["ActivationGuidedEditing"]
@@ -97,13 +98,17 @@ class ActivationGuidedEditing(RepairMethod):
         self.learning_rate = learning_rate
         self.batch_size = batch_size
 
+    def refuse_misfit(self, subject: Subject) -> None:
+        """Asks for a linear layer that gives the logits."""
+        _classifier(subject, self.name)
+
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Edit the convolutions, edit the last linear layer, train it.
 
         Raises:
             ValueError: if the logits do not come from a linear layer.
         """
-        linear = _classifier(task)
+        linear = _classifier(task.subject, self.name)
         floor = task.held_before.acc - self.accuracy_drop - 1e-6  # accuracies come as float32
         self._edit_convolutions(task, floor)
         yield task.round("prune", task.validate())
@@ -277,19 +282,14 @@ def _gap(clean: list[Tensor], triggered: list[Tensor]) -> Tensor:
     return (after.mean(0) - before.mean(0)) / spread.clamp(min=1e-3 * float(spread.mean()) + 1e-12)
 
 
-def _classifier(task: RepairTask) -> nn.Linear:
+def _classifier(subject: Subject, method: str) -> nn.Linear:
     """The linear layer that gives the logits: the last one to run, with an output for each class."""
-    classes, ran = task.answers.shape[1], list[nn.Module]()
-    linears = [module for module in task.model.modules() if isinstance(module, nn.Linear)]
-    with torch.no_grad(), ExitStack() as stack:
-        for module in linears:
-            stack.callback(module.register_forward_hook(lambda module, *_: ran.append(module)).remove)
-        task.logits(task.scoring.clean[:1])
-    last = ran[-1] if ran else None
-    if not isinstance(last, nn.Linear) or last.out_features != classes or "weight" not in last._parameters:
+    logits, calls = subject.linear_calls()
+    last = calls[-1].linear if calls else None
+    if last is None or last.out_features != logits.shape[1] or "weight" not in last._parameters:
         raise ValueError(
-            f"model: ActivationGuidedEditing needs an nn.Linear that runs last and gives the {classes} logits, but "
-            f"of {type(task.model).__name__}'s linear layers {'none ran' if last is None else f'{last} ran last'}; "
+            f"model: {method} needs an nn.Linear that runs last and gives the {logits.shape[1]} logits, but of "
+            f"{type(subject.model).__name__}'s linear layers {'none ran' if last is None else f'{last} ran last'}; "
             "MaskPrune and GradPrune work without one."
         )
     return last

@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.methods.affine import gradient_of, refuse_without_gammas, scaled_affine
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
+from lightning_unlearn.methods.subject import Subject
 from lightning_unlearn.methods.threshold import prune_below_threshold
 from lightning_unlearn.methods.training import batches
 
@@ -88,13 +89,16 @@ class AdversarialNeuronPruning(RepairMethod):
         self.validate_every = validate_every
         self.accuracy_drop = accuracy_drop
 
+    def refuse_misfit(self, subject: Subject) -> None:
+        """Asks for convolutions that feed affine norms."""
+        refuse_without_gammas(subject, self.name)
+
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Learn the masks, prune what lies below the chosen threshold.
 
         Raises:
-            ValueError: if no convolution feeds an affine norm, or the loss does not depend on any.
+            ValueError: if the loss does not depend on any norm behind a convolution.
         """
-        refuse_without_gammas(task, self.name)
         masks = yield from self._learn(task)
         yield from prune_below_threshold(task, masks, accuracy_drop=self.accuracy_drop)
 

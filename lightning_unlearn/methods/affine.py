@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_unlearn.filters import FilterMask
 from lightning_unlearn.filters.gradients import gradients
 from lightning_unlearn.filters.layer import ChannelTensor, FilterLayer
-from lightning_unlearn.methods.base import RepairTask
+from lightning_unlearn.methods.subject import Subject
 
 __all__ = ["find_gammas", "gradient_of", "refuse_without_gammas", "scaled_affine"]
 
@@ -20,18 +20,16 @@ def find_gammas(layer: FilterLayer) -> tuple[ChannelTensor, ...]:
     return tuple(channels for channels in layer.norms if channels.attribute == "weight")
 
 
-def refuse_without_gammas(task: RepairTask, method: str) -> None:
+def refuse_without_gammas(subject: Subject, method: str) -> None:
     """Refuse a model in which no convolution is consumed by a norm with a γ of its own.
 
     Raises:
         ValueError: naming the method, what is missing, and what works without.
     """
-    if not any(find_gammas(layer) for layer in task.mask.layers):
-        names = [layer.name for layer in task.mask.layers]
+    if not any(find_gammas(layer) for layer in subject.layers):
         raise ValueError(
             f"model: {method} needs affine norms, such as BatchNorm2d, that consume the channels of a convolution, "
-            f"but none of the {len(names)} convolutions of {type(task.model).__name__} ({', '.join(names[:5])}"
-            f"{', ...' if len(names) > 5 else ''}) feeds one; MaskPrune and GradPrune work without norms."
+            f"but none of {subject.convolutions()} feeds one; MaskPrune and GradPrune work without norms."
         )
 
 

@@ -15,6 +15,7 @@ from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.mask_prune import MaskPrune
 from lightning_unlearn.methods.snapshot import Snapshot
+from lightning_unlearn.methods.subject import Subject
 from lightning_unlearn.triggers import AdditiveTrigger, Trigger, TriggerPool
 from lightning_unlearn.verdict import Audit
 
@@ -97,6 +98,10 @@ class Alternation(RepairMethod):
     def name(self) -> str:
         """Names the method that unlearns, too."""
         return f"Alternation of {self.method.name}"
+
+    def refuse_misfit(self, subject: Subject) -> None:
+        """Asks for what the method within asks for."""
+        self.method.refuse_misfit(subject)
 
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Repair and estimate in turn."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.fine_tuning import FineTuning
 from lightning_unlearn.methods.snapshot import Snapshot
+from lightning_unlearn.methods.subject import Subject
 from lightning_unlearn.methods.training import train_epochs
 
 __all__ = ["NeuralAttentionDistillation"]
@@ -86,9 +87,13 @@ class NeuralAttentionDistillation(RepairMethod):
         self.max_epochs = max_epochs
         self.accuracy_drop = accuracy_drop
 
+    def refuse_misfit(self, subject: Subject) -> None:
+        """Asks for a convolution whose output has more than one position."""
+        _find_places(subject, len(self.betas))
+
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Train the teacher, store its maps, and train the victim towards them; both in rounds of fine-tuning."""
-        places = _find_places(task, len(self.betas))
+        places = _find_places(task.subject, len(self.betas))
         betas = self.betas[-len(places) :]
         victim = Snapshot([*task.model.parameters(), *task.model.buffers()])
         yield from self.teacher.repair(task)
@@ -129,7 +134,7 @@ class _Place(NamedTuple):
 
 
 @torch.no_grad()
-def _find_places(task: RepairTask, most: int) -> tuple[_Place, ...]:
+def _find_places(subject: Subject, most: int) -> tuple[_Place, ...]:
     """The last convolution that runs at each of the last ``most`` resolutions, in the order in which they run."""
     last: dict[tuple[int, ...], nn.Module] = {}
 
@@ -139,18 +144,16 @@ def _find_places(task: RepairTask, most: int) -> tuple[_Place, ...]:
         if resolution.count(1) < len(resolution):
             last[resolution] = convolution
 
-    handles = [layer.convolution.register_forward_hook(note) for layer in task.mask.layers]
+    handles = [layer.convolution.register_forward_hook(note) for layer in subject.layers]
     try:
-        task.logits(task.scoring.clean[:1])
+        subject.logits()
     finally:
         for handle in handles:
             handle.remove()
     if not last:
-        names = [layer.name for layer in task.mask.layers]
         raise ValueError(
             f"model: NeuralAttentionDistillation needs a convolution whose output has more than one position, but "
-            f"none of the {len(names)} convolutions of {type(task.model).__name__} ({', '.join(names[:5])}"
-            f"{', ...' if len(names) > 5 else ''}) gives one; FineTuning and MaskPrune work without."
+            f"none of {subject.convolutions()} gives one; FineTuning and MaskPrune work without."
         )
     return tuple(_Place(convolution, resolution) for resolution, convolution in list(last.items())[-most:])
 

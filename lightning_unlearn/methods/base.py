@@ -18,6 +18,7 @@ from lightning_unlearn.auditor import Auditor, Progress
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
 from lightning_unlearn.filters import FilterId, FilterMask
+from lightning_unlearn.methods.subject import Subject
 from lightning_unlearn.processes import ALONE, Processes
 from lightning_unlearn.triggers import Trigger
 from lightning_unlearn.verdict import Audit
@@ -118,6 +119,11 @@ class RepairTask:
     watch: Stopwatch = field(default_factory=Stopwatch)
     rounds: int = 0
 
+    @property
+    def subject(self) -> Subject:
+        """The model and two images, as :meth:`RepairMethod.refuse_misfit` is given them."""
+        return Subject(self.model, self.forward, self.mask.layers, self.scoring.clean[:2])
+
     @cached_property
     def held_before(self) -> Evaluation:
         """The model as the method gets it, on all pairs held; measured when first asked for, before any change."""
@@ -210,6 +216,16 @@ class RepairMethod(ABC):
     """
 
     needs_trigger: bool = False
+
+    def refuse_misfit(self, subject: Subject) -> None:  # noqa: B027 - most methods fit every model
+        """Refuse a model that lacks what the method needs, such as norms: asked before training and before an audit.
+
+        Args:
+            subject: the model, which may not be trained yet, and images that it takes.
+
+        Raises:
+            ValueError: naming what is missing, and a method that works without.
+        """
 
     @abstractmethod
     def repair(self, task: RepairTask) -> Iterator[Round]:

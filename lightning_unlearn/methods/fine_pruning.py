@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.fine_tuning import FineTuning
+from lightning_unlearn.methods.subject import Subject
 
 __all__ = ["FinePruning"]
 
@@ -70,10 +71,14 @@ class FinePruning(RepairMethod):
         self.finetune = FineTuning(accuracy_drop=accuracy_drop) if finetune is True else finetune
         self.needs_trigger = isinstance(self.finetune, FineTuning) and self.finetune.triggered
 
+    def refuse_misfit(self, subject: Subject) -> None:
+        """Asks for a linear layer that gives the logits."""
+        _find_classifier(subject)
+
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Cut, a round of its own, and fine-tune where asked to."""
         with task.watch.measure("score"):
-            linear = _find_classifier(task)
+            linear = _find_classifier(task.subject)
             scored = _watch(task, linear, task.scoring)
             validated = _watch(task, linear, task.validation)
             cut = self._choose(linear, scored, validated, task.validation.labels)
@@ -120,46 +125,27 @@ class _Seen(NamedTuple):
     block: int
 
 
-@contextmanager
-def _hooked(linears: list[nn.Linear], note: Callable[[nn.Linear, Tensor, Tensor], object]) -> Iterator[None]:
-    """Call ``note`` with layer, input and output whenever one of the layers runs within the ``with`` block."""
-
-    def hook(linear: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        note(linear, args[0] if args else kwargs["input"], output)
-
-    handles = [linear.register_forward_hook(hook, with_kwargs=True) for linear in linears]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def _find_classifier(task: RepairTask) -> nn.Linear:
+def _find_classifier(subject: Subject) -> nn.Linear:
     """The last linear layer that runs.
 
     Raises:
         ValueError: if it does not give the logits, or its weight cannot be written.
     """
-    ran: list[tuple[nn.Linear, Tensor, Tensor]] = []
-    linears = {id(module): name for name, module in task.model.named_modules() if isinstance(module, nn.Linear)}
-    modules = [module for module in task.model.modules() if isinstance(module, nn.Linear)]
-    with _hooked(modules, lambda *call: ran.append(call)):
-        logits = task.logits(task.scoring.clean[:2])
+    logits, calls = subject.linear_calls()
     instead = "MaskPrune, GradPrune and FineTuning work without."
-    if not ran:
+    if not calls:
         raise ValueError(
-            f"model: FinePruning needs a linear layer that gives the logits, but {type(task.model).__name__} runs no "
-            f"torch.nn.Linear; {instead}"
+            f"model: FinePruning needs a linear layer that gives the logits, but {type(subject.model).__name__} runs "
+            f"no torch.nn.Linear; {instead}"
         )
-    linear, inputs, outputs = ran[-1]
-    name = linears[id(linear)]
-    if inputs.ndim != 2 or outputs.shape != logits.shape or sum(call[0] is linear for call in ran) > 1:
+    linear, inputs, outputs = calls[-1]
+    name = next(name for name, module in subject.model.named_modules() if module is linear)
+    times = sum(call.linear is linear for call in calls)
+    if inputs.ndim != 2 or outputs.shape != logits.shape or times > 1:
         raise ValueError(
-            f"model: FinePruning needs a linear layer that gives the logits, {tuple(logits.shape)} for two images, but "
-            f"the last one, {name!r}, makes {tuple(outputs.shape)} of {tuple(inputs.shape)}, in "
-            f"{sum(call[0] is linear for call in ran)} calls; {instead}"
+            f"model: FinePruning needs a linear layer that gives the logits, of shape {tuple(logits.shape)}, but the "
+            f"last one, {name!r}, makes "
+            f"{tuple(outputs.shape)} of {tuple(inputs.shape)}, in {times} call{'s' if times > 1 else ''}; {instead}"
         )
     if parametrize.is_parametrized(linear) or "weight" not in linear._parameters:
         raise ValueError(
@@ -180,16 +166,21 @@ def _watch(task: RepairTask, linear: nn.Linear, pairs: Pairs) -> _Seen:
     blocks: list[int] = []
     agree = []
 
-    def note(_: nn.Linear, inputs: Tensor, outputs: Tensor) -> None:
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor) -> None:
+        inputs = args[0] if args else kwargs["input"]
         seen.append(inputs.detach().clone())
         blocks.append(flattened.block_of(inputs))
         named.append(outputs.argmax(1))
 
-    for batch in pairs.batches(task.batch_size):
-        named: list[Tensor] = []
-        with _Flattened() as flattened, _hooked([linear], note):
-            logits = task.logits(batch.clean)
-        agree.append((named[0] == logits.argmax(1)).all())
+    handle = linear.register_forward_hook(note, with_kwargs=True)
+    try:
+        for batch in pairs.batches(task.batch_size):
+            named: list[Tensor] = []
+            with _Flattened() as flattened:
+                logits = task.logits(batch.clean)
+            agree.append((named[0] == logits.argmax(1)).all())
+    finally:
+        handle.remove()
     if not torch.stack(agree).all():
         raise ValueError(
             "model: FinePruning needs a last linear layer that decides the class, but the model's logits name other "

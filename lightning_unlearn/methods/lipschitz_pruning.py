@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_unlearn.filters.layer import ChannelTensor, FilterLayer
 from lightning_unlearn.methods.affine import find_gammas
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
+from lightning_unlearn.methods.subject import Subject
 
 __all__ = ["ChannelLipschitzPruning"]
 
@@ -57,12 +58,17 @@ class ChannelLipschitzPruning(RepairMethod):
         largest: Tensor = torch.linalg.matrix_norm(filters, ord=2)
         return largest * torch.stack(slopes).amax(0)
 
-    def repair(self, task: RepairTask) -> Iterator[Round]:
-        """Prune every channel whose bound stands out in its layer.
+    def refuse_misfit(self, subject: Subject) -> None:
+        """Asks for convolutions that feed a BatchNorm with γ and running variance."""
+        if all(self.bounds(layer) is None for layer in subject.layers):
+            raise ValueError(
+                f"model: {self.name} needs a convolution that a BatchNorm with affine weight and running variance "
+                f"consumes, but none of {subject.convolutions()} feeds one; AdversarialNeuronPruning works with "
+                "other affine norms, MaskPrune and GradPrune without any."
+            )
 
-        Raises:
-            ValueError: if no convolution feeds a BatchNorm with γ and running variance.
-        """
+    def repair(self, task: RepairTask) -> Iterator[Round]:
+        """Prune every channel whose bound stands out in its layer."""
         with task.watch.measure("score"):
             picks = [task.mask.locate(index) for index in self._outliers(task).nonzero().flatten().tolist()]
         if picks:
@@ -72,14 +78,7 @@ class ChannelLipschitzPruning(RepairMethod):
     def _outliers(self, task: RepairTask) -> Tensor:
         """Which channels to prune, (total,) bool by flat index."""
         bounds = [self.bounds(layer) for layer in task.mask.layers]
-        known = [values for values in bounds if values is not None]
-        if not known:
-            raise ValueError(
-                f"model: {self.name} needs a convolution that a BatchNorm with affine weight and running variance "
-                f"consumes, but none of the {len(bounds)} convolutions of {type(task.model).__name__} feeds one; "
-                "AdversarialNeuronPruning works with other affine norms, MaskPrune and GradPrune without any."
-            )
-        device = known[0].device
+        device = task.mask.layers[0].weight.device
         high = [
             torch.zeros(layer.channels, dtype=torch.bool, device=device) if values is None else self._high(values)
             for layer, values in zip(task.mask.layers, bounds, strict=True)

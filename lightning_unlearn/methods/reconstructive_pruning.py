@@ -13,6 +13,7 @@ from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.methods.affine import gradient_of, refuse_without_gammas, scaled_affine
 from lightning_unlearn.methods.base import RepairMethod, RepairTask, Round, check_range
 from lightning_unlearn.methods.snapshot import Snapshot
+from lightning_unlearn.methods.subject import Subject
 from lightning_unlearn.methods.threshold import prune_below_threshold
 from lightning_unlearn.methods.training import batches
 
@@ -88,13 +89,16 @@ class ReconstructiveNeuronPruning(RepairMethod):
         self.batch_size = batch_size
         self.accuracy_drop = accuracy_drop
 
+    def refuse_misfit(self, subject: Subject) -> None:
+        """Asks for convolutions that feed affine norms."""
+        refuse_without_gammas(subject, self.name)
+
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Unlearn, recover, and prune the original weights.
 
         Raises:
-            ValueError: if no convolution feeds an affine norm, or the loss does not depend on the weights or norms.
+            ValueError: if the loss does not depend on the weights, or on any norm behind a convolution.
         """
-        refuse_without_gammas(task, self.name)
         generator = task.generator()
         parameters: list[Tensor] = [p for p in task.model.parameters() if p.requires_grad]
         with _restored(parameters):

@@ -46,7 +46,7 @@ def test_the_last_convolution_at_each_of_the_last_resolutions(make_net, make_cle
     def names(net, most):
         task = make_task(net, make_clean(4), PatchTrigger())
         modules = {module: name for name, module in net.named_modules()}
-        places = _find_places(task, most)
+        places = _find_places(task.subject, most)
         assert not any(module._forward_hooks for module in net.modules())
         return [(modules[place.convolution], place.resolution) for place in places]
 
@@ -67,7 +67,7 @@ def test_one_module_at_two_resolutions(make_clean, make_task):
             return self.linear(self.convolution(F.max_pool2d(self.convolution(images), 2)).flatten(1))
 
     task = make_task(Shared(), make_clean(4), PatchTrigger())
-    places = _find_places(task, 3)
+    places = _find_places(task.subject, 3)
     with _watched(places) as maps:
         task.forward(task.scoring.clean)
     assert [tuple(found.shape) for found in maps()] == [(12, 64), (12, 16)]
@@ -75,7 +75,7 @@ def test_one_module_at_two_resolutions(make_clean, make_task):
 
 def test_hooks_go_even_after_an_error(make_net, make_clean, make_task):
     task = make_task(make_net("vgg"), make_clean(4), PatchTrigger())
-    with pytest.raises(ZeroDivisionError), _watched(_find_places(task, 3)):
+    with pytest.raises(ZeroDivisionError), _watched(_find_places(task.subject, 3)):
         raise ZeroDivisionError
     assert not any(module._forward_hooks for module in task.model.modules())
 
@@ -84,7 +84,7 @@ def test_a_network_without_a_map_is_refused(hand_victim, make_task):
     task = make_task(hand_victim.net, hand_victim.clean, hand_victim.trigger)
     match = (
         r"^model: NeuralAttentionDistillation needs a convolution whose output has more than one position, but none of "
-        r"the 1 convolutions of Sequential \(0\) gives one; FineTuning and MaskPrune work without"
+        r"the convolutions of Sequential \(0\) gives one; FineTuning and MaskPrune work without"
     )
     with pytest.raises(ValueError, match=match):
         next(short().repair(task))
@@ -128,7 +128,7 @@ def test_the_student_comes_nearer_to_the_teacher(make_net, make_clean, make_task
     distances = []
     for betas in ((0.0,), (1000.0,)):
         task = make_task(make_net("vgg"), make_clean(8), PatchTrigger(target=1))
-        places = _find_places(task, 1)
+        places = _find_places(task.subject, 1)
         search = short(betas=betas, max_epochs=60, accuracy_drop=1.0).repair(task)
         for _ in range(2):
             next(search)

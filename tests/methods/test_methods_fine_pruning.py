@@ -195,7 +195,7 @@ class Opposite(nn.Module):
     ("tail", "match"),
     [
         ([nn.Conv2d(3, 4, 6), nn.Flatten()], "but Sequential runs no torch.nn.Linear; MaskPrune, GradPrune and Fine"),
-        ([nn.Linear(6, 5), nn.Conv2d(3, 4, (6, 5)), nn.Flatten()], r"\(2, 4\) for two images, but the last one, '1'"),
+        ([nn.Linear(6, 5), nn.Conv2d(3, 4, (6, 5)), nn.Flatten()], r"of shape \(2, 4\), but the last one, '1'"),
         ([nn.Flatten(), nn.Linear(108, 4), Opposite()], "needs a last linear layer that decides the class"),
         ([nn.Flatten(), parametrizations.weight_norm(nn.Linear(108, 4))], "linear layer, '2', is computed by a param"),
     ],

@@ -208,7 +208,7 @@ def test_an_ascent_that_diverges_says_so(new_task):
 
 def test_a_model_without_norms_is_refused(new_task):
     with pytest.raises(ValueError, match=r"^model: ReconstructiveNeuronPruning needs affine norms.*MaskPrune and"):
-        list(rnp().repair(new_task("plain")))
+        rnp().refuse_misfit(new_task("plain").subject)
 
 
 def test_detached_logits_are_refused(new_task):
