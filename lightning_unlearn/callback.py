@@ -31,6 +31,7 @@ from lightning_unlearn.companions import (
     warn_of_overwritten,
 )
 from lightning_unlearn.data.clean import CleanImages, refuse_training_data
+from lightning_unlearn.evaluation import logits_of
 from lightning_unlearn.filters import FilterMask
 from lightning_unlearn.intact import intact
 from lightning_unlearn.methods import RepairMethod
@@ -92,8 +93,8 @@ class BackdoorUnlearning(Callback):
         source: which weights to repair: the ``"last"``, or the ``"best"`` of the Trainer's ModelCheckpoint.
         output_dir: where checkpoint and report go, a path or an address that fsspec knows; by default where the
             Trainer keeps its checkpoints.
-        repoint: make the Trainer's ModelCheckpoint call the repaired file its best and last, until the next ``fit``, so
-            that ``trainer.test(ckpt_path="best")`` tests the repaired model.
+        repoint: make the Trainer's ModelCheckpoint call the repaired file its best, and with ``source="last"`` its
+            last, too, until the next ``fit``, so that ``trainer.test(ckpt_path="best")`` tests the repaired model.
         batch_size: most clean images in one forward pass, with as many triggered ones; if memory runs out, half as
             many are tried once.
         force: repair even if the trigger's attack success rate is already low.
@@ -325,7 +326,7 @@ class BackdoorUnlearning(Callback):
             warn_of_overwritten(self.report.checkpoint)
         if self.report.checkpoint and self.repoint:
             # Only now, since ModelCheckpoint may still save its last in `on_train_end`.
-            self._pointers = Pointers.to(trainer, self.report.checkpoint)
+            self._pointers = Pointers.to(trainer, self.report.checkpoint, self.source)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -433,7 +434,7 @@ class BackdoorUnlearning(Callback):
             self.clean_data,
             module,
             trainer=trainer,
-            logits=lambda images: self.logits(module, images),
+            logits=lambda images: logits_of(lambda batch: self.logits(module, batch), images),
             samples_per_class=self.samples_per_class,
             validation_share=self.validation_share,
             seed=self.seed,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from lightning_unlearn.data.collating import refuse_uncollatable
 from lightning_unlearn.data.holdout import split_holdout
 from lightning_unlearn.data.labels import is_unlabelled, item_parts, labels_of
 from lightning_unlearn.data.unlabelled import PredictedLabels
@@ -110,7 +111,8 @@ def _load(dataset: Dataset[Any]) -> ImagesAndLabels:
     """All images and labels of a small dataset."""
     # With a generator of its own it draws nothing from the global one.
     loader: DataLoader[Any] = DataLoader(dataset, batch_size=256, generator=torch.Generator())
-    images, labels = zip(*(item_parts(batch) for batch in loader), strict=True)
+    with refuse_uncollatable("dataset"):
+        images, labels = zip(*(item_parts(batch) for batch in loader), strict=True)
     return torch.cat(images), torch.cat(labels)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.memory import is_out_of_memory
 from lightning_unlearn.metrics.functional import predicted_classes, rate, triggered_counts
 from lightning_unlearn.processes import ALONE, Processes
 
@@ -45,8 +46,9 @@ def logits_of(forward: Callable[[Tensor], object], images: Tensor) -> Tensor:
     It gets a copy of the images, since a model may normalise its input in place.
 
     Raises:
+        TypeError: if the model takes no images of whole numbers.
         ValueError: if the output is not a floating-point (N, C) tensor with two classes or more, or if the model cannot
-            be called with a batch of images.
+            be called with a batch of images, or not with these.
     """
     try:
         logits = forward(images.clone())
@@ -55,6 +57,18 @@ def logits_of(forward: Callable[[Tensor], object], images: Tensor) -> Tensor:
             f"model: its forward pass fails on a batch of images of shape {tuple(images.shape)} "
             f"({type(error).__name__}: {error}); if it takes something else, override the callback's `logits`, or wrap "
             "the model, so that images go in and one tensor of class logits comes back."
+        ) from error
+    except RuntimeError as error:
+        if is_out_of_memory(error) or "CUDA error" in str(error):
+            raise
+        if not images.is_floating_point():
+            raise TypeError(
+                f"model: it takes no images of {images.dtype}; give them as it was trained on them, such as by "
+                f"torchvision's v2.ToDtype(torch.float32, scale=True). ({error})"
+            ) from error
+        raise ValueError(
+            f"model: it cannot take images of shape {tuple(images.shape)} and {images.dtype} as they are; check their "
+            f"channels, size and type against what it was trained on. ({error})"
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

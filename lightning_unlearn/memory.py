@@ -7,11 +7,9 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
-
-from lightning_unlearn.plan import RepairPlan
 
 __all__ = ["is_out_of_memory", "tries_smaller_batches"]
 
@@ -19,7 +17,15 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Model = TypeVar("_Model")
 _Images = TypeVar("_Images")
+_Plan = TypeVar("_Plan", bound="_HasBatchSize")
 _MESSAGES = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+
+
+class _HasBatchSize(Protocol):
+    """A dataclass."""
+
+    @property
+    def batch_size(self) -> int: ...
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -35,8 +41,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def tries_smaller_batches(
-    run: Callable[Concatenate[_Model, _Images, RepairPlan, _P], _T],
-) -> Callable[Concatenate[_Model, _Images, RepairPlan, _P], _T]:
+    run: Callable[Concatenate[_Model, _Images, _Plan, _P], _T],
+) -> Callable[Concatenate[_Model, _Images, _Plan, _P], _T]:
     """Run a function of a model, images and a plan once more with half of its ``batch_size`` when memory runs out.
 
     The function must leave everything as it was when it raises. With several processes there is no second try: the
@@ -47,9 +53,10 @@ def tries_smaller_batches(
     """
 
     @functools.wraps(run)
-    def wrapped(model: _Model, images: _Images, plan: RepairPlan, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    def wrapped(model: _Model, images: _Images, plan: _Plan, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         def attempt(size: int) -> _T:
-            return run(model, images, replace(plan, batch_size=size), *args, **kwargs)
+            smaller: _Plan = replace(plan, batch_size=size)  # type: ignore[type-var]  # it is a dataclass
+            return run(model, images, smaller, *args, **kwargs)
 
         size = plan.batch_size
         if size > 1 and not _several_processes():

@@ -150,9 +150,9 @@ def on_checkpoint(cli: CheckpointCLI, work: Callable[[L.Trainer, L.LightningModu
     """Do a command's work on its model, on the Trainer's devices; what came of it.
 
     Raises:
-        ValueError: if the model cannot take the images, or nothing came back: nobody may take silence for a result.
+        ValueError: if nothing came back: nobody may take silence for a result.
     """
-    job = _Job(cli.model, _telling_misfits(cli.config_init["unlearning"], work))
+    job = _Job(cli.model, work)
     cli.trainer.limit_predict_batches = 1  # all is done in the first one, whatever the Trainer was told
     cli.trainer.predict(job, return_predictions=False)
     if job.result is None:
@@ -161,35 +161,6 @@ def on_checkpoint(cli: CheckpointCLI, work: Callable[[L.Trainer, L.LightningModu
             "nothing back; use one device, or a strategy that does not spawn."
         )
     return job.result
-
-
-def _telling_misfits(
-    unlearning: BackdoorUnlearning, work: Callable[[L.Trainer, L.LightningModule], _T]
-) -> Callable[[L.Trainer, L.LightningModule], _T]:
-    """The same work, which blames the images for torch's errors until the model has answered once."""
-    logits, answered = unlearning.logits, False
-
-    def noted(module: L.LightningModule, images: torch.Tensor) -> torch.Tensor:
-        nonlocal answered
-        answers = logits(module, images)
-        answered = True
-        return answers
-
-    def told(trainer: L.Trainer, model: L.LightningModule) -> _T:
-        unlearning.logits = noted  # type: ignore[method-assign]
-        try:
-            return work(trainer, model)
-        except RuntimeError as error:
-            if answered:
-                raise
-            raise ValueError(
-                f"clean_data: {type(model).__name__} cannot take its images as they are; check their size, channels "
-                f"and type, and the arguments of `model`. ({error})"
-            ) from error
-        finally:
-            unlearning.logits = logits  # type: ignore[method-assign]
-
-    return told
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class Rehearsal:
         if test is not None:
             try:
                 self._try(Pairs.stamp(*test, trigger, num_classes=num_classes).clean[:1])
-            except (RuntimeError, TypeError, ValueError) as error:
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"clean_data: its test images do not fit. {error}") from error
         return layers
 
@@ -92,17 +92,9 @@ class Rehearsal:
     def _try(self, images: Tensor) -> tuple[tuple[FilterLayer, ...], int]:
         """The model's filters and the number of classes, found by running it on images."""
         images = as_taken(images, self.module)
-        try:
-            layers = find_filters(self.module, images, self.logits)
-        except RuntimeError as error:
-            if images.is_floating_point():
-                raise
-            raise TypeError(
-                f"clean_data: the model takes no images of {images.dtype}; give them as it was trained on them, such "
-                f"as by torchvision's v2.ToDtype(torch.float32, scale=True). ({error})"
-            ) from error
         with torch.no_grad():
             logits = logits_of(self.logits, images)
+        layers = find_filters(self.module, images, self.logits)
         refuse_probabilities(logits)
         if self.method is not None:
             self.method.refuse_misfit(Subject(self.module, self.logits, layers, images))

@@ -166,9 +166,9 @@ def repair_split(
         first = next(model.parameters(), torch.empty(0))
         probe = split.scoring[0][:1].to(first.device)
         probe = probe.to(first.dtype) if probe.is_floating_point() else probe
-        layers = find_filters(model, probe, forward)
         with torch.no_grad():
             logits = logits_of(forward, probe)
+        layers = find_filters(model, probe, forward)
         if not logits.isfinite().all():
             raise ValueError("model: its logits hold NaN or infinity; check the weights and the range of the images.")
         refuse_probabilities(logits)

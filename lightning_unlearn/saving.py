@@ -156,15 +156,21 @@ class Pointers:
     last: str
 
     @classmethod
-    def to(cls, trainer: Trainer, path: str) -> Pointers | None:
-        """Make ``trainer.test(ckpt_path="best")`` load ``path`` from now on; what it would have loaded, if anything."""
+    def to(cls, trainer: Trainer, path: str, source: Literal["last", "best"]) -> Pointers | None:
+        """Make ``trainer.test(ckpt_path="best")`` load ``path`` from now on; what it would have loaded, if anything.
+
+        Where the best weights were repaired the last ones were not, so that what is called last stays.
+        """
         saver = trainer.checkpoint_callback
         if not isinstance(saver, ModelCheckpoint) or not saver.best_model_path:
             return None
         before = cls(saver, saver.best_model_path, saver.last_model_path)
         saver.best_model_path = path
-        saver.last_model_path = saver.last_model_path and path
-        rank_zero_info(f"ModelCheckpoint's best and last model are now {path}; the best was {before.best}.")
+        both = source == "last" and bool(saver.last_model_path)
+        if both:
+            saver.last_model_path = path
+        names = "best and last model are" if both else "best model is"
+        rank_zero_info(f"ModelCheckpoint's {names} now {path}; the best was {before.best}.")
         return before
 
     def restore(self) -> None:

@@ -228,7 +228,7 @@ def test_images_that_do_not_fit_are_one_line(folder, hand_victim, monkeypatch, c
     words = [f"--unlearning.clean_data={__name__}.{data}", "--model.channels=3"]
     left = code(monkeypatch, *words, command=command, ckpt="colour.ckpt")
     assert re.match(
-        r"lightning-unlearn: clean_data: HandNet cannot take its images as they are; .*to have \d channel", left
+        r"lightning-unlearn: model: it cannot take images of shape .* as they are; .*to have \d channel", left
     )
     assert "\n" not in left
 

@@ -6,12 +6,13 @@ import lightning.pytorch as L  # noqa: N812 - the usual name
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.nn import functional as F  # noqa: N812 - the usual name
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from lightning_unlearn import BackdoorUnlearning, HoldoutDataModule
 from lightning_unlearn.methods import MaskPrune
 from lightning_unlearn.repair import repair_split
-from tests.callback_fits import AFTER, BACKDOOR, BEFORE, Loaders, Model, quick
+from tests.callback_fits import AFTER, BACKDOOR, BEFORE, Loaders, Model, Steps, quick
 
 # Several fits of a test share a folder.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -133,6 +134,31 @@ def test_logits_that_are_none(fit, hand_victim):
 
     with pytest.raises(ValueError, match=r"model: expected logits of shape \(1, classes\).*override the callback's"):
         fit(model=Wordy(hand_victim.net))
+
+
+@pytest.mark.parametrize("change", [lambda x: x.repeat(1, 3, 1, 1), lambda x: x[..., :2]], ids=["channels", "size"])
+def test_images_that_the_model_does_not_take_cost_no_training(fit, parts, change):
+    images, labels = default_collate(list(parts[1]))
+    steps = Steps()
+    with pytest.raises(ValueError, match=r"^model: it cannot take images of shape"):
+        fit(TensorDataset(change(images), torch.as_tensor(labels)), callbacks=(steps,))
+    assert steps.batches == 0
+
+
+def test_a_forward_of_dicts_costs_no_training(fit, hand_victim):
+    class Keyed(Model):
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.net(batch["image"])
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch), batch["label"])
+
+    steps = Steps()
+    with pytest.raises(
+        ValueError, match=r"^model: its forward pass fails on a batch .*override the callback's `logits`"
+    ):
+        fit(model=Keyed(hand_victim.net), callbacks=(steps,))
+    assert steps.batches == 0
 
 
 # Test data never reaches the repair

@@ -207,6 +207,32 @@ def test_a_model_that_takes_no_plain_images(forward, problem):
     assert raised.value.__cause__ is not None
 
 
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (
+            torch.ones(2, 3),
+            ValueError,
+            r"^model: it cannot take images of shape \(2, 3\) and torch.float32 as they are",
+        ),
+        (torch.ones(2, 4).byte(), TypeError, r"^model: it takes no images of torch.uint8; .*ToDtype"),
+    ],
+)
+def test_images_that_a_model_cannot_take(images, error, message):
+    with pytest.raises(error, match=message) as raised:
+        logits_of(torch.nn.Linear(4, 2), images)
+    assert isinstance(raised.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("problem", ["CUDA out of memory.", "CUDA error: device-side assert triggered"])
+def test_what_is_no_fault_of_images_stays(problem):
+    def fail(images):
+        raise RuntimeError(problem)
+
+    with pytest.raises(RuntimeError, match=f"^{problem}"):
+        logits_of(fail, torch.ones(2, 3))
+
+
 def test_a_model_that_writes_into_its_input_gets_a_copy():
     images = torch.ones(2, 3, requires_grad=True)
     logits = logits_of(lambda images: images.mul_(3), images)

@@ -67,8 +67,8 @@ def test_what_fits(rehearse, images, known):
         (lambda x, y: (x, F.one_hot(y)), r"labels: expected one integer class .* got shape \(7, 3\)"),
         (lambda x, y: (x * 255, y), r"images must lie in \[0, 1\]"),
         (lambda x, y: (x[..., :0], y), "images"),
-        (lambda x, y: (x[..., :2, :2], y), "Kernel size"),
-        (lambda x, y: ((x * 255).byte(), y), "takes no images of torch.uint8"),
+        (lambda x, y: (x[..., :2, :2], y), "model: it cannot take images of shape .1, 1, 2, 2.*Kernel size"),
+        (lambda x, y: ((x * 255).byte(), y), "it takes no images of torch.uint8"),
     ],
     ids=["class", "one-hot", "0 to 255", "empty", "small", "bytes"],
 )
@@ -113,7 +113,7 @@ class Bytes(nn.Module):
 def test_bytes_are_given_to_the_model_as_they_are(rehearse, hand_victim, images):
     data = TensorDataset((images * 255).byte(), LABELS)
     assert len(rehearse(data, net=Bytes(hand_victim.net))) == 1
-    with pytest.raises(TypeError, match=r"clean_data: the model takes no images of torch.uint8.*ToDtype"):
+    with pytest.raises(TypeError, match=r"model: it takes no images of torch.uint8.*ToDtype"):
         rehearse(data)
 
 

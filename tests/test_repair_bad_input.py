@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.transforms import v2
 
 from lightning_unlearn.draw import Split
 from lightning_unlearn.methods import FineTuning, GradPrune, MaskPrune
 from lightning_unlearn.plan import RepairPlan
 from lightning_unlearn.repair import repair, repair_split
-from lightning_unlearn.triggers import FunctionTrigger, PatchTrigger, Trigger
+from lightning_unlearn.triggers import FunctionTrigger, PatchTrigger, Trigger, find_normalization
 
 METHODS = [
     pytest.param(GradPrune(max_rounds=2, finetune=False), id="grad"),
@@ -284,7 +284,28 @@ def test_a_wrong_normalisation(refused, make_clean):
 
 
 def test_images_that_the_model_does_not_take(refused, make_clean):
-    refused(RuntimeError, "channels", data=make_clean(20, channels=3))
+    match = r"^model: it cannot take images of shape \(1, 3, 8, 8\) and torch.float32 as they are; check .*channels"
+    refused(ValueError, match, data=make_clean(20, channels=3))
+
+
+def test_bytes(refused, make_clean):
+    images, labels = make_clean(20).tensors
+    match = r"^model: it takes no images of torch.uint8; .*ToDtype"
+    refused(TypeError, match, data=TensorDataset((images * 255).byte(), labels))
+
+
+def test_a_loader_of_images(refused, make_clean):
+    refused(TypeError, r"^dataset: .* got a DataLoader; pass its `dataset`", data=DataLoader(make_clean(20)))
+
+
+def test_normalised_images_where_nobody_knows_the_trigger(make_net, make_clean, left_alone):
+    net, (images, labels) = make_net("vgg"), make_clean(20).tensors
+    data = TensorDataset((images - 0.5) / 0.25, labels)
+    with left_alone(net), pytest.raises(ValueError, match=r"a torchvision Normalize in the dataset's `transform`"):
+        repair(net, data)
+    # What the error advises.
+    data.transform = v2.Normalize([0.5], [0.25])
+    assert find_normalization(data).invert(data.tensors[0]).allclose(images, atol=1e-6)
 
 
 # The trigger

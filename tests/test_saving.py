@@ -126,6 +126,15 @@ def test_what_is_repointed(setting):
     assert (setting.folder / "epoch.ckpt").is_file()
 
 
+def test_the_last_model_is_not_called_repaired_where_the_best_was(setting):
+    saver = ModelCheckpoint(setting.folder, filename="epoch", save_last=True)
+    callback, trainer, _ = fitted(setting, saver, repoint=True, source="best")
+    assert Path(callback.report.checkpoint).name == "epoch-unlearned.ckpt"
+    assert (saver.best_model_path, Path(saver.last_model_path).name) == (callback.report.checkpoint, "last.ckpt")
+    with pytest.warns(UserWarning, match=BEFORE_THE_REPAIR):
+        assert asr(setting, trainer, ckpt_path="last") == 1
+
+
 def test_nothing_is_repointed_without_being_asked(setting):
     saver = ModelCheckpoint(setting.folder, filename="epoch", save_last=True)
     fitted(setting, saver)

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
+from lightning_unlearn.data.collating import refuse_uncollatable
 from lightning_unlearn.data.drawn import images_of
 from lightning_unlearn.data.holdout_datamodule import HoldoutDataModule
 from lightning_unlearn.data.labels import is_unlabelled, item_parts, overlap
@@ -244,7 +245,7 @@ class CleanImages:
 
     def _loaded(self, loader: Iterable[Any], stage: RunningStage) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels of every batch, transferred as Lightning would do in an evaluation."""
-        try:
+        with refuse_uncollatable("clean_data"):
             for batch in loader:
                 # A hook that augments what it is given while the Trainer trains must not do so here.
                 with self._under_trainer(stage):
@@ -252,13 +253,6 @@ class CleanImages:
                     batch = self._hook("transfer_batch_to_device")(batch, self.module.device, 0)
                     batch = self._hook("on_after_batch_transfer")(batch, 0)
                 yield item_parts(batch)
-        except TypeError as error:
-            if "default_collate" not in str(error):
-                raise
-            raise TypeError(
-                "clean_data: its images must be tensors; end the dataset's transforms with torchvision's ToTensor(). "
-                f"({str(error).splitlines()[-1]})"
-            ) from error
 
     def _hook(self, name: str) -> Any:
         owner = self._hooks if is_overridden(name, self._hooks, DataHooks) else self.module

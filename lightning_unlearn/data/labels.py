@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard, runtime_c
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import VisionDataset
 
 __all__ = ["AnyDataset", "HasOrigins", "is_unlabelled", "item_parts", "labels_of", "overlap", "provenance"]
@@ -65,6 +65,8 @@ def labels_of(dataset: object) -> Tensor:
         >>> labels_of(Subset(data, [2, 0]))
         tensor([7, 5])
     """
+    if isinstance(dataset, DataLoader):
+        raise TypeError("dataset: expected a map-style dataset, but got a DataLoader; pass its `dataset`.")
     if not _is_map_style(dataset):
         raise TypeError(
             f"dataset must be map-style, with __len__ and __getitem__, but is {type(dataset).__name__}: "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_unlearn.data.collating import refuse_uncollatable
 from lightning_unlearn.data.labels import AnyDataset
 
 __all__ = ["PredictedLabels", "first_image"]
@@ -36,7 +37,7 @@ class PredictedLabels(Dataset[tuple[Any, int]]):
     def __init__(self, dataset: AnyDataset, predict: Callable[[Tensor], Tensor]) -> None:
         self.dataset = dataset  # where a normalisation, and whose images these are, is looked for
         loader: DataLoader[Any] = DataLoader(dataset, batch_size=128, generator=torch.Generator(), collate_fn=_stack)
-        with torch.no_grad():
+        with torch.no_grad(), refuse_uncollatable("dataset"):
             self.targets = torch.cat([predict(images).argmax(1).cpu() for images in loader])
 
     def __len__(self) -> int:

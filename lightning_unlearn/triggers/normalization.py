@@ -121,8 +121,8 @@ def in_pixels(images: Tensor, normalization: Normalization | None) -> Tensor:
         told = "no normalisation was told" if normalization is None else f"that is after undoing {normalization}"
         raise ValueError(
             f"images: expected pixels in [0, 1], but they go from {low:.4g} to {high:.4g}, and {told}; tell how they "
-            "are normalised (normalization=..., or a torchvision Normalize among the dataset's transforms), or divide "
-            "by 255 if they hold 0 to 255."
+            "are normalised, by a torchvision Normalize in the dataset's `transform` (one that you set yourself, if it "
+            "has none), or divide by 255 if they hold 0 to 255."
         )
     return pixels.clamp(0, 1)
 

@@ -308,7 +308,9 @@ def test_data_is_prepared_where_lightning_would(clean, module, monkeypatch, per_
 def test_pictures_that_are_no_tensors(module, workers):
     pictures = [(Image.new("L", (8, 8)), number % 2) for number in range(4)]
     found = CleanImages(HoldoutDataModule(pictures, samples_per_class=2, num_workers=workers), module)
-    with pytest.raises(TypeError, match=r"clean_data: its images must be tensors.*ToTensor\(\).*PIL.Image.Image"):
+    with pytest.raises(
+        TypeError, match=r"clean_data: its items must be images, as tensors.*ToTensor\(\).*PIL.Image.Image"
+    ):
         found.scoring()
 
 
