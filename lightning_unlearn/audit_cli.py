@@ -27,6 +27,8 @@ class _AuditCLI(CheckpointCLI):
     """What every command on a checkpoint takes, and how to print the verdict."""
 
     command = "audit"
+    description = "Find out whether a finished checkpoint looks backdoored: exit code 0 if not, 3 if so, else an error."
+    writes = "by default unlearning.output_dir, or else none, and the verdict is only printed"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)

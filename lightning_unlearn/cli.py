@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 
+from lightning_unlearn import __version__
 from lightning_unlearn.callback import BackdoorUnlearning
 from lightning_unlearn.comparison_report import Comparison
 from lightning_unlearn.folder import Folder
@@ -50,6 +51,7 @@ def main(args: Sequence[str] | None = None) -> Audit | Report | Comparison | Non
         help="audit: does a checkpoint look backdoored?; demo: watch a repair; fit: train with the callback; repair: "
         "mend a checkpoint; compare: try every repair method on a checkpoint, and choose.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     words = list(sys.argv[1:] if args is None else args)
     command = parser.parse_args(words[:1]).command
     return _COMMANDS[command]([_underscored(word) for word in words[1:]])

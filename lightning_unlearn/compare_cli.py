@@ -34,6 +34,8 @@ class _CompareCLI(CheckpointCLI):
     """Takes what ``repair`` takes, and which methods to compare."""
 
     command = "compare"
+    description = "Try every repair method, or chosen ones, on a finished checkpoint and print one table."
+    writes = "by default unlearning.output_dir; one of the two must be given"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 __all__ = ["run"]
 
+# What jsonargparse says of each type that a value might have been of, around what really went wrong.
+_AROUND = re.compile(
+    r"(- )?(Does not validate against any|Expected a |Import path \S+ does not correspond)|Subtypes: |Errors:"
+    r"|Given value"
+)
 _OF_EXTRAS = {"jsonargparse", "matplotlib", "rich", "sklearn", "tensorboard", "yaml"}
 
 
@@ -25,13 +31,23 @@ def run() -> None:
         except (ValueError, TypeError, OSError, MemoryError, MisconfigurationException) as error:
             if sys.argv[1:2] == ["fit"]:
                 raise  # it may come from the user's own training code, where only a traceback tells the place
-            sys.exit(f"lightning-unlearn: {' '.join(str(error).split())}")  # torch's messages have many lines
+            sys.exit(f"lightning-unlearn: {_reason(str(error))}")
         if sys.argv[1:2] == ["audit"] and getattr(result, "verdict", None) != "clean":
             sys.exit(3)
     except ImportError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing and missing not in _OF_EXTRAS:  # by code of the user's own
-            if sys.argv[1:2] == ["fit"]:
-                raise
-            sys.exit(f"lightning-unlearn: {error}.")
-        sys.exit(f"lightning-unlearn: {error}. The command line needs an extra: pip install 'lightning-unlearn[demo]'")
+        missing, reason = (error.name or "").partition(".")[0], _reason(str(error)).removesuffix(".")
+        # Lightning's own messages have no name beside them.
+        if missing in _OF_EXTRAS or (not missing and any(extra in reason for extra in _OF_EXTRAS)):
+            reason += ". The command line needs an extra: pip install 'lightning-unlearn[demo]'"
+        elif sys.argv[1:2] == ["fit"] and "lightning-unlearn[" not in reason:
+            raise  # by code of the user's own
+        sys.exit(f"lightning-unlearn: {reason}")
+
+
+def _reason(message: str) -> str:
+    """An error in one line, without what jsonargparse puts around it; torch's messages, too, have many lines."""
+    lines = [line.strip() for line in message.splitlines()]
+    if lines and lines[0].startswith("Does not validate against any"):
+        told = [line.removeprefix("- ") for line in lines if not _AROUND.match(line)]
+        lines = list(dict.fromkeys(told)) or lines
+    return " ".join(" ".join(lines).split())

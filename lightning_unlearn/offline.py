@@ -26,16 +26,28 @@ _T = TypeVar("_T")
 
 
 class CheckpointCLI(LightningCLI):
-    """LightningCLI that builds model, callback and Trainer, and runs nothing by itself."""
+    """LightningCLI that builds model, callback and Trainer, and runs nothing by itself.
+
+    Attributes:
+        command: its name on the command line.
+        description: what it does.
+        writes: where it writes if it is told no folder.
+    """
 
     command = "repair"
+    description = "Remove a backdoor from a finished checkpoint. The original is only read."
+    writes = "by default unlearning.output_dir, or else the checkpoint's own folder, where nothing is overwritten"
 
     def __init__(self, args: Sequence[str]) -> None:
         with from_python():
             super().__init__(
                 args=list(args),
                 run=False,
-                parser_kwargs={"prog": f"lightning-unlearn {self.command}"},
+                parser_kwargs={
+                    "prog": f"lightning-unlearn {self.command}",
+                    "usage": "%(prog)s --config FILE --ckpt_path FILE [--output_dir FOLDER] [OPTION ...]",
+                    "description": self.description,
+                },
                 # Else a DataModule nested in the callback silently gets the training DataModule's hyper-parameters.
                 load_from_checkpoint_support=False,
                 save_config_callback=None,
@@ -48,14 +60,12 @@ class CheckpointCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what every command on a finished checkpoint takes."""
-        parser.add_argument(
-            "--ckpt_path", type=str, required=True, help="Finished checkpoint to repair; it is only read."
-        )
+        parser.add_argument("--ckpt_path", type=str, required=True, help="Finished checkpoint; it is only read.")
         parser.add_argument(
             "--output_dir",
             type=str,
             default=None,
-            help="New or empty folder for what is written; by default unlearning.output_dir.",
+            help=f"New or empty folder for what is written; {self.writes}.",
         )
         parser.add_lightning_class_args(BackdoorUnlearning, "unlearning", subclass_mode=True)  # or one of their own
 

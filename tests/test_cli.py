@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch.utils.data import DataLoader
 
-from lightning_unlearn import BackdoorUnlearning, cli
+from lightning_unlearn import BackdoorUnlearning, __version__, cli
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.cli import main
 from lightning_unlearn.data import Digits, DigitsDataModule, HoldoutDataModule
@@ -58,7 +58,16 @@ def test_commands_are_listed(capsys, words, code):
 def test_usage_names_the_command(capsys, command):
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    assert capsys.readouterr().out.startswith(f"usage: lightning-unlearn {command} [")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: lightning-unlearn {command} ")
+    assert "Lightning Trainer command line tool" not in printed
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"lightning-unlearn {__version__}\n"
 
 
 def test_words_of_the_process(monkeypatch, capsys):

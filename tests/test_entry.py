@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as L  # noqa: N812 - the usual name
 import pytest
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import lightning_unlearn
@@ -42,6 +43,56 @@ def test_errors_that_the_user_can_mend(monkeypatch, error):
 
     monkeypatch.setattr(cli, "main", fail)
     assert run(monkeypatch) == "lightning-unlearn: x: bad"
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (
+            {"unlearning": {"trigger": {"class_path": "PatchTrigger", "init_args": {"size": -3}}}},
+            "size must be at least 1",
+        ),
+        (
+            {"trainer": {"logger": {"class_path": "lightning.pytorch.loggers.WandbLogger"}}},
+            "Problem with given class_path 'lightning.pytorch.loggers.WandbLogger': Requirement 'wandb",
+        ),
+        (
+            {
+                "unlearning": {
+                    "clean_data": {"class_path": "torchvision.datasets.ImageFolder", "init_args": {"root": "/no"}}
+                }
+            },
+            "[Errno 2] No such file or directory: '/no'",
+        ),
+    ],
+    ids=["number", "logger", "folder"],
+)
+def test_what_cannot_be_made_is_told_without_all_that_it_might_have_been(monkeypatch, victim, changed, reason):
+    settings = yaml.safe_load(Path("repair.yaml").read_text())
+    for part, values in changed.items():
+        settings[part] = settings.get(part, {}) | values
+    write("changed.yaml", settings)
+    code = run(monkeypatch, "repair", "--config", "changed.yaml", "--ckpt_path", "original.ckpt")
+    assert code.startswith(f"lightning-unlearn: {reason}")
+    assert "Union" not in code
+
+
+def test_nothing_is_left_out_where_that_is_all(monkeypatch):
+    message = "Does not validate against any of the Union subtypes\nErrors:\n  - Expected a <class 'int'>"
+
+    def fail():
+        raise ValueError(message)
+
+    monkeypatch.setattr(cli, "main", fail)
+    assert run(monkeypatch) == f"lightning-unlearn: {' '.join(message.split())}"
+
+
+def test_a_package_that_is_in_no_extra(monkeypatch):
+    def fail():
+        raise ModuleNotFoundError("Requirement 'transformer_engine' not met.")
+
+    monkeypatch.setattr(cli, "main", fail)
+    assert run(monkeypatch, "repair") == "lightning-unlearn: Requirement 'transformer_engine' not met"
 
 
 def test_fit_keeps_the_traceback_of_the_users_own_code(monkeypatch):
@@ -90,7 +141,7 @@ def test_what_the_users_own_code_lacks_is_in_no_extra(monkeypatch, command):
     monkeypatch.setattr(sys, "argv", ["lightning-unlearn", command])
     with pytest.raises(ModuleNotFoundError if command == "fit" else SystemExit) as stopped:
         entry.run()
-    assert command == "fit" or stopped.value.code == "lightning-unlearn: No module named 'unheard_of'."
+    assert command == "fit" or stopped.value.code == "lightning-unlearn: No module named 'unheard_of'"
 
 
 @pytest.mark.parametrize("missing", ["rich.console", "jsonargparse"])
@@ -105,9 +156,19 @@ def test_missing_extras_are_named(monkeypatch, missing):
     assert "\n" not in code
 
 
+class Unmet:
+    """What Lightning keeps of a requirement, and says of it."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return "Requirement 'jsonargparse[signatures]>=4.39.0' not met. HINT: Try running `pip install jsonargparse`"
+
+
 def test_jsonargparse_is_missed_late(monkeypatch, victim):
     """Lightning's CLI can be imported without it, and fails when it is used."""
-    monkeypatch.setattr("lightning.pytorch.cli._JSONARGPARSE_SIGNATURES_AVAILABLE", False)
+    monkeypatch.setattr("lightning.pytorch.cli._JSONARGPARSE_SIGNATURES_AVAILABLE", Unmet())
     code = run(monkeypatch, "repair", "--config", "repair.yaml", "--ckpt_path", "original.ckpt")
     assert "pip install 'lightning-unlearn[demo]'" in code
 
@@ -115,7 +176,12 @@ def test_jsonargparse_is_missed_late(monkeypatch, victim):
 def test_scikit_learn_is_missing(monkeypatch, victim):
     monkeypatch.setattr("lightning_unlearn.data.digits._load", _no_digits)
     code = run(monkeypatch, "repair", "--config", "repair.yaml", "--ckpt_path", "original.ckpt")
-    assert "Digits needs scikit-learn" in code
+    assert code == 'lightning-unlearn: Digits needs scikit-learn: pip install "lightning-unlearn[demo]"'
+
+
+def test_an_extra_that_training_needs(monkeypatch):
+    monkeypatch.setattr(cli, "main", _no_digits)
+    assert "needs scikit-learn" in run(monkeypatch, "fit")
 
 
 def _no_digits():
