@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import torch
@@ -121,6 +122,7 @@ class Auditor:
         seed: seed of everything random.
 
     Raises:
+        TypeError: if one is no number, or no whole one where images or steps are counted.
         ValueError: if a number is out of range.
 
     Example:
@@ -143,8 +145,14 @@ class Auditor:
     def __post_init__(self) -> None:
         """Checks the numbers."""
         for name in ("steps", "batch_size", "at_once", "screen_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, but got {getattr(self, name)}.")
+            given = getattr(self, name)
+            if not isinstance(given, Integral):
+                raise TypeError(f"{name}: expected a whole number, but got {given!r}.")
+            if given < 1:
+                raise ValueError(f"{name}: expected at least 1, but got {given}.")
+        most: object = self.max_time
+        if most is not None and not isinstance(most, Real):
+            raise TypeError(f"max_time: expected a number of seconds, or None, but got {most!r}.")
         if self.max_time is not None and not self.max_time > 0:
             raise ValueError(f"max_time: expected a number of seconds above 0, or None, but got {self.max_time}.")
 

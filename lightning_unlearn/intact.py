@@ -28,7 +28,11 @@ def intact(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     Yields:
         The model's parameters and buffers as they were on entering, for whoever wants to go back: by every name that
         they have, as in its ``state_dict``, but only one copy of each.
+
+    Raises:
+        ValueError: if weights hold no numbers, or none that can change.
     """
+    _refuse_fixed(model)
     flags = {module: module.training for module in model.modules()}
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
@@ -56,6 +60,17 @@ def intact(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+
+
+def _refuse_fixed(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"model: its {name!r} is on the meta device and holds no numbers; load the weights first.")
+        if parameter.is_inference():
+            raise ValueError(
+                f"model: its {name!r} was made inside torch.inference_mode and has no gradients; make the model "
+                "outside of it, or give copy.deepcopy(model), which is called outside."
+            )
 
 
 def as_written() -> AbstractContextManager[Any]:

@@ -24,6 +24,19 @@ def test_no_time(value):
         Auditor(max_time=value)
 
 
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"max_time": "60"}, r"^max_time: expected a number of seconds, or None, but got '60'"),
+        ({"steps": 2.5}, r"^steps: expected a whole number, but got 2.5"),
+        ({"at_once": "64"}, r"^at_once: expected a whole number, but got '64'"),
+    ],
+)
+def test_arguments_of_another_type(given, match):
+    with pytest.raises(TypeError, match=match):
+        Auditor(**given)
+
+
 class Clock:
     """A clock that goes on by one with every look at it."""
 

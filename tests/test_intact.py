@@ -293,3 +293,17 @@ def test_hooks_reach_parts_that_ran_compiled_before(make_net):
             part(images)
         handle.remove()
     assert seen == [1]
+
+
+def test_weights_that_cannot_change_are_refused(make_net):
+    with torch.inference_mode():
+        fixed = make_net("vgg")
+    with (
+        pytest.raises(ValueError, match=r"^model: its '0.weight' was made inside torch.inference_mode.*deepcopy"),
+        intact(fixed),
+    ):
+        pass
+    with intact(copy.deepcopy(fixed)) as original:  # what the error advises
+        assert original
+    with pytest.raises(ValueError, match=r"^model: its '0.weight' is on the meta device"), intact(fixed.to("meta")):
+        pass

@@ -30,6 +30,7 @@ def test_what_fits_is_kept_as_it_is():
         ({"batch_size": 128 / 2}, TypeError, r"^batch_size: expected a whole number, but got 64.0"),
         ({"seed": None}, TypeError, r"^seed: expected a whole number, but got None"),
         ({"min_asr": -0.1}, ValueError, r"^min_asr: expected a value in \[0, 1\], but got -0.1"),
+        ({"min_asr": "0.1"}, TypeError, r"^min_asr: expected a number, but got '0.1'"),
         ({"min_asr": float("nan")}, ValueError, r"^min_asr: expected a value in \[0, 1\], but got nan"),
     ],
     ids=str,

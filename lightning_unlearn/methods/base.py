@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -244,8 +245,12 @@ def check_range(name: str, value: float, low: float, high: float, *, open_low: b
     """Refuse a hyper-parameter outside its range.
 
     Raises:
+        TypeError: if it is no number, such as a text.
         ValueError: naming the argument, what was given and what would be right.
     """
+    given: object = value
+    if not isinstance(given, Real):
+        raise TypeError(f"{name}: expected a number, but got {given!r}.")
     too_low = value <= low if open_low else value < low
     if too_low or not value <= high:
         raise ValueError(f"{name}: expected a value in {'(' if open_low else '['}{low}, {high}], but got {value}.")

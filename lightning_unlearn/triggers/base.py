@@ -72,7 +72,7 @@ class Trigger(nn.Module):
         self.target: Target = target
         self.normalization: Normalization | None = None
         if mean is not None and std is not None:
-            self.normalization = Normalization(mean=tuple(mean), std=tuple(std))
+            self.normalization = Normalization(mean=mean, std=std)  # type: ignore[arg-type]  # it makes tuples of them
 
     def stamp(self, pixels: Tensor) -> Tensor:
         """Puts the trigger on pixels; to be overridden.

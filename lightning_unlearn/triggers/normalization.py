@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +43,11 @@ class Normalization:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Accepts any sequence of numbers and checks it."""
-        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
-        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        """Accepts any sequence of numbers, and of grey images a lone one, and checks it."""
+        for name in ("mean", "std"):
+            given = getattr(self, name)
+            values = (given,) if isinstance(given, Real) else given
+            object.__setattr__(self, name, tuple(float(value) for value in values))
         if not self.mean or len(self.mean) != len(self.std):
             raise ValueError(
                 f"mean and std must have one value a channel each, but mean has {len(self.mean)} "
@@ -121,8 +124,8 @@ def in_pixels(images: Tensor, normalization: Normalization | None) -> Tensor:
         told = "no normalisation was told" if normalization is None else f"that is after undoing {normalization}"
         raise ValueError(
             f"images: expected pixels in [0, 1], but they go from {low:.4g} to {high:.4g}, and {told}; tell how they "
-            "are normalised, by a torchvision Normalize in the dataset's `transform` (one that you set yourself, if it "
-            "has none), or divide by 255 if they hold 0 to 255."
+            "are normalised (by a torchvision Normalize in the dataset's `transform`, one that you set yourself if it "
+            "has none; normalization=... of tensors), or divide by 255 if they hold 0 to 255."
         )
     return pixels.clamp(0, 1)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -118,3 +119,6 @@ def test_check_range(value, open_low):
 def test_nan_is_in_no_range():
     with pytest.raises(ValueError, match=r"^alpha: .* but got nan"):
         check_range("alpha", math.nan, -math.inf, math.inf)
+    with pytest.raises(TypeError, match=r"^alpha: expected a number, but got '0.5'"):
+        check_range("alpha", "0.5", 0, 1)
+    check_range("alpha", np.float32(0.5), 0, 1)

@@ -14,7 +14,7 @@ from torchvision.datasets import DatasetFolder, FakeData
 from torchvision.models import ResNet18_Weights
 from torchvision.transforms import v2
 
-from lightning_unlearn.triggers import Normalization, find_normalization
+from lightning_unlearn.triggers import Normalization, PatchTrigger, find_normalization
 
 EXPECTED = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616))
 V1 = v1.Normalize(EXPECTED.mean, EXPECTED.std)
@@ -61,6 +61,11 @@ def test_it_is_frozen() -> None:
 def test_bad_values_raise(mean: tuple[float, ...], std: tuple[float, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Normalization(mean=mean, std=std)
+
+
+def test_a_lone_number_is_that_of_grey_images() -> None:
+    assert Normalization(mean=0.5, std=0.25) == Normalization(mean=(0.5,), std=(0.25,))
+    assert PatchTrigger(mean=0.5, std=0.25).normalization == Normalization(mean=(0.5,), std=(0.25,))
 
 
 @pytest.mark.parametrize("method", ["apply", "invert"])
