@@ -175,7 +175,13 @@ class Report:
         return write_whole(Path(path), lambda partial: partial.write_text(self.to_json(), encoding="utf-8"))
 
     def summary(self) -> str:
-        """One sentence on what happened to the model."""
+        """What happened to the model, in a sentence or two."""
+        told = self._told()
+        if self.labels == "predicted":
+            return f"{told} The clean images had no labels: the model's own answers stood in for them."
+        return told
+
+    def _told(self) -> str:
         if self.status == "clean":
             return "Verdict: clean. No class stands out among the others; the model is as it was."
         if self.status == "not backdoored":
@@ -189,13 +195,10 @@ class Report:
         also = f" and turned {turned_down} down by more than half" if turned_down else ""
         targets = ", ".join(map(str, self.suspected_targets or (self.suspected_target,)))
         verdict = f"Verdict: {self.verdict}, target {targets}. " if self.verdict else ""
-        labels = (
-            " The clean images had no labels: the model's own answers stood in for them."
-            if self.labels == "predicted"
-            else ""
-        )
+        if self.verdict == "clean":
+            verdict = "Verdict: clean; repaired all the same, as force=True asked for. "
         done = f"{self.method} pruned {pruned} of {total} filters{also} in {self.seconds['total']:.1f} s."
-        return f"{verdict}{done}{labels}"
+        return f"{verdict}{done}"
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
         """Label, before and after of each rate."""

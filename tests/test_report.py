@@ -373,6 +373,21 @@ def test_several_suspects(unknown):
 def test_predicted_labels_are_told(unknown):
     report = Report.of(unknown, None, samples_per_class=10, seed=7, labels="predicted")
     assert report.to_dict()["labels"] == "predicted"
+
+
+@pytest.mark.parametrize("status", ["clean", "not backdoored", "not improved", "repaired"])
+def test_predicted_labels_are_told_whatever_was_done(unknown, status):
+    report = Report.of(dataclasses.replace(unknown, status=status), None, samples_per_class=10, seed=7)
+    assert "no labels" not in report.summary()
+    told = dataclasses.replace(report, labels="predicted").summary()
+    assert told == f"{report.summary()} The clean images had no labels: the model's own answers stood in for them."
+
+
+def test_a_clean_verdict_that_was_passed_over(clean):
+    report = Report.of(dataclasses.replace(clean, status="repaired"), None, samples_per_class=10, seed=7)
+    assert report.summary().startswith(
+        "Verdict: clean; repaired all the same, as force=True asked for. GradPrune pruned"
+    )
     for text in (report.headline(), str(report), " ".join(shown(report).split())):
         assert "no labels: the model's own answers stood in for them." in text
 
