@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ class Checkpoint:
         entry: under which name it holds the weights, ``"state_dict"`` in Lightning's; None if it is weights alone.
         path: where it is.
         names: for each weight's name in the file its name in the model, where :meth:`named_as` found that they differ.
+        metadata: what a ``.safetensors`` file says of itself.
 
     Example:
         >>> import torch
@@ -49,6 +51,7 @@ class Checkpoint:
     entry: str | None
     path: str
     names: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -106,7 +109,8 @@ class Checkpoint:
         path, content = PurePath(self.path), self.repaired(weights)
         suffix = path.suffix if path.suffix in _SUFFIXES else ".ckpt"
         if suffix == ".safetensors":
-            data = safetensors.torch.save({name: t.contiguous() for name, t in content.items()}, {"format": "pt"})
+            tensors = {name: tensor.contiguous() for name, tensor in content.items()}
+            data = safetensors.torch.save(tensors, {"format": "pt", **self.metadata})
         else:
             buffer = io.BytesIO()  # torch's own writer turns a full disk into an error that does not say so
             torch.save(content, buffer)
@@ -129,12 +133,16 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         ValueError: if it holds more than tensors and plain Python, or no weights, or several models' weights.
     """
     files, place = url_to_fs(os.fspath(path))
+    metadata: dict[str, str] = {}
     if not files.isfile(place):
         raise FileNotFoundError(f"ckpt_path: there is no file {str(path)!r}.")
     try:
         with files.open(place, "rb") as file:
             if PurePath(place).suffix == ".safetensors":
-                content: Any = safetensors.torch.load(file.read())
+                data = file.read()
+                content: Any = safetensors.torch.load(data)
+                header = data[8 : 8 + int.from_bytes(data[:8], "little")]  # as the format has it: its length before it
+                metadata = json.loads(header).get("__metadata__", {})
             else:
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -143,7 +151,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             "objects that could run code on loading. Save it again with plain hyper-parameters, or its state dict "
             f"alone. ({error})"
         ) from error
-    return Checkpoint(content, _entry(content, path), os.fspath(path))
+    return Checkpoint(content, _entry(content, path), os.fspath(path), metadata=metadata)
 
 
 def _entry(content: object, path: str | os.PathLike[str]) -> str | None:

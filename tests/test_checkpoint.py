@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lightning_unlearn.checkpoint import Checkpoint, load_checkpoint
@@ -225,3 +226,11 @@ def test_weights_that_were_averaged_are_not_kept_beside_the_repaired_ones():
     content = checkpoint() | {"current_model_state": {"net.bias": torch.ones(2)}, "averaging_state": {"n": 3}}
     repaired = Checkpoint(content, "state_dict", "last.ckpt").repaired({"net.bias": torch.zeros(2)})
     assert not {"current_model_state", "averaging_state"} & repaired.keys()
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt", "source": "somewhere", "epoch": "7"}])
+def test_what_a_safetensors_file_says_of_itself_is_kept(tmp_path, metadata):
+    save_file(WEIGHTS, tmp_path / "handed.safetensors", metadata)
+    found = load_checkpoint(tmp_path / "handed.safetensors").named_as(WEIGHTS)
+    with safe_open(found.save_repaired(WEIGHTS, Folder(str(tmp_path))), "pt") as repaired:
+        assert repaired.metadata() == (metadata or {"format": "pt"})
