@@ -373,6 +373,8 @@ def test_several_suspects(unknown):
 def test_predicted_labels_are_told(unknown):
     report = Report.of(unknown, None, samples_per_class=10, seed=7, labels="predicted")
     assert report.to_dict()["labels"] == "predicted"
+    for text in (report.headline(), str(report), " ".join(shown(report).split())):
+        assert "no labels: the model's own answers stood in for them." in text
 
 
 @pytest.mark.parametrize("status", ["clean", "not backdoored", "not improved", "repaired"])
@@ -388,8 +390,6 @@ def test_a_clean_verdict_that_was_passed_over(clean):
     assert report.summary().startswith(
         "Verdict: clean; repaired all the same, as force=True asked for. GradPrune pruned"
     )
-    for text in (report.headline(), str(report), " ".join(shown(report).split())):
-        assert "no labels: the model's own answers stood in for them." in text
 
 
 def test_unknown_rates_as_markdown(unknown):
