@@ -11,6 +11,7 @@ import lightning.pytorch as L  # noqa: N812 - the usual name
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]  # public, but re-exported implicitly
     rank_zero_warn,
 )
@@ -160,16 +161,20 @@ def on_checkpoint(cli: CheckpointCLI, work: Callable[[L.Trainer, L.LightningModu
     """Do a command's work on its model, on the Trainer's devices; what came of it.
 
     Raises:
-        ValueError: if nothing came back: nobody may take silence for a result.
+        ValueError: if the strategy's processes would end with the work, and what came of it with them, or if nothing
+            was done: nobody may take silence for a result.
     """
+    launcher = cli.trainer.strategy.launcher
+    if isinstance(launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            f"trainer: {type(cli.trainer.strategy).__name__} with start_method={launcher._start_method!r} works in "
+            "processes that give nothing back; use strategy='ddp', or one device."
+        )
     job = _Job(cli.model, work)
     cli.trainer.limit_predict_batches = 1  # all is done in the first one, whatever the Trainer was told
     cli.trainer.predict(job, return_predictions=False)
     if job.result is None:
-        raise ValueError(
-            f"trainer: nothing was done, or {type(cli.trainer.strategy).__name__} did it in processes that give "
-            "nothing back; use one device, or a strategy that does not spawn."
-        )
+        raise ValueError(f"trainer: {type(cli.trainer).__name__}.predict ran no batch, so that nothing was done.")
     return job.result
 
 

@@ -88,6 +88,11 @@ def default_methods(names: Sequence[str] | None = None) -> list[RepairMethod]:
     known = method_names()
     wanted = known if names is None else [full_name(name) for name in names]
     unknown = [name for name in wanted if name not in known]
+    if "Alternation" in unknown:
+        raise ValueError(
+            "methods: Alternation makes its own triggers, and a comparison is by one that is given; `repair` uses it where "
+            "no trigger is."
+        )
     if unknown:
         raise ValueError(f"methods: there is no method {unknown[0]!r}; expected some of {', '.join(known)}.")
     return [getattr(methods, name)(**SHORTENED.get(name, {})) for name in wanted]

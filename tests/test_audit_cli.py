@@ -173,7 +173,7 @@ def test_silence_is_no_result(folder, monkeypatch, command, work):
     monkeypatch.setattr(BackdoorUnlearning, work, stop)
     write("audit.yaml", trigger=PATCH)
     left = code(monkeypatch, "--output-dir=new", command=command)
-    assert left.startswith("lightning-unlearn: trainer: nothing was done, or SingleDeviceStrategy did it in processes")
+    assert left.startswith("lightning-unlearn: trainer: Trainer.predict ran no batch, so that nothing was done.")
     assert files(folder) == ["audit.yaml", "backdoored.ckpt", "clean.ckpt"]
 
 
@@ -209,6 +209,11 @@ def test_a_repair_needs_images_of_each_class(folder, monkeypatch):
         (["--unlearning.auditor.max_time=1e-9"], r"max_time: 1e-09 s were over after 0 of 3 classes; allow more"),
         (["--unlearning.samples_per_class=11"], r"class 0 has 10 images in the dataset, but 11 are needed"),
         (["--unlearning.auditor.steps=0"], r"steps: expected at least 1, but got 0"),
+        (
+            ["--trainer.strategy=ddp_spawn", "--trainer.devices=2"],
+            r"trainer: DDPStrategy with start_method='spawn' works .* strategy='ddp', or one",
+        ),
+        (["--trainer.strategy=ddp_fork"], r"trainer: DDPStrategy with start_method='fork' works in processes"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

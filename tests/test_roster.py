@@ -74,6 +74,11 @@ def test_unknown_names(name):
         default_methods(["MaskPrune", name])
 
 
+def test_an_alternation_is_no_name():
+    with pytest.raises(ValueError, match=r"^methods: Alternation makes its own triggers"):
+        default_methods(["Alternation"])
+
+
 @pytest.mark.parametrize(
     ("given", "labels"),
     [
