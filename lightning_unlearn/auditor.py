@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +15,7 @@ from torch.utils.data import Dataset
 
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.draw import Draw
-from lightning_unlearn.evaluation import logits_of, refuse_probabilities
+from lightning_unlearn.evaluation import first_logits, logits_of, refuse_probabilities
 from lightning_unlearn.head import head_of, prominence
 from lightning_unlearn.intact import intact
 from lightning_unlearn.margins import largest_margins
@@ -85,13 +84,15 @@ def audit(
     with intact(model):
         draw = Draw.of(
             dataset,
-            lambda images: forward(images.to(first.device)),
+            lambda images: first_logits(model, images.to(first.device, first.dtype)),
             samples_per_class=samples_per_class,
             share=share,
             seed=seed,
             skip_missing=True,
         )
         (images, labels), (held_out, _) = draw.split.scoring, draw.split.validation
+        with torch.no_grad():
+            first_logits(forward, images[:1].to(first.device))
         found = (auditor or Auditor(seed=seed)).audit(
             forward,
             images.to(first.device),
@@ -146,12 +147,12 @@ class Auditor:
         """Checks the numbers."""
         for name in ("steps", "batch_size", "at_once", "screen_steps"):
             given = getattr(self, name)
-            if not isinstance(given, Integral):
+            if not hasattr(given, "__index__"):
                 raise TypeError(f"{name}: expected a whole number, but got {given!r}.")
             if given < 1:
                 raise ValueError(f"{name}: expected at least 1, but got {given}.")
         most: object = self.max_time
-        if most is not None and not isinstance(most, Real):
+        if most is not None and (isinstance(most, str) or not hasattr(most, "__float__")):
             raise TypeError(f"max_time: expected a number of seconds, or None, but got {most!r}.")
         if self.max_time is not None and not self.max_time > 0:
             raise ValueError(f"max_time: expected a number of seconds above 0, or None, but got {self.max_time}.")

@@ -31,7 +31,7 @@ from lightning_unlearn.companions import (
     warn_of_overwritten,
 )
 from lightning_unlearn.data.clean import CleanImages, refuse_training_data
-from lightning_unlearn.evaluation import logits_of
+from lightning_unlearn.evaluation import first_logits
 from lightning_unlearn.filters import FilterMask
 from lightning_unlearn.intact import intact
 from lightning_unlearn.methods import RepairMethod
@@ -434,7 +434,7 @@ class BackdoorUnlearning(Callback):
             self.clean_data,
             module,
             trainer=trainer,
-            logits=lambda images: logits_of(lambda batch: self.logits(module, batch), images),
+            logits=lambda images: first_logits(lambda batch: self.logits(module, batch), images),
             samples_per_class=self.samples_per_class,
             validation_share=self.validation_share,
             seed=self.seed,

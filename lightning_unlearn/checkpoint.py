@@ -142,7 +142,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 data = file.read()
                 content: Any = safetensors.torch.load(data)
                 header = data[8 : 8 + int.from_bytes(data[:8], "little")]  # as the format has it: its length before it
-                metadata = json.loads(header).get("__metadata__", {})
+                metadata = json.loads(header).get("__metadata__") or {}
             else:
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -14,7 +14,7 @@ from lightning_unlearn.data.collating import refuse_uncollatable
 from lightning_unlearn.data.holdout import split_holdout
 from lightning_unlearn.data.labels import is_unlabelled, item_parts, labels_of
 from lightning_unlearn.data.unlabelled import PredictedLabels
-from lightning_unlearn.evaluation import logits_of
+from lightning_unlearn.evaluation import first_logits
 from lightning_unlearn.intact import intact
 from lightning_unlearn.triggers import Normalization, find_normalization
 
@@ -128,7 +128,7 @@ def predicted(model: nn.Module, images: Tensor) -> Tensor:
     """
     first = next(model.parameters(), torch.empty(0))
     with intact(model), torch.no_grad():
-        return logits_of(model, images.to(first.device, first.dtype))
+        return first_logits(model, images.to(first.device, first.dtype))
 
 
 def refuse_missing_classes(*parts: Tensor, num_classes: int) -> None:

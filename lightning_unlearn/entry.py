@@ -10,8 +10,8 @@ __all__ = ["run"]
 
 # What jsonargparse says of each type that a value might have been of, around what really went wrong.
 _AROUND = re.compile(
-    r"(- )?(Does not validate against any|Expected a |Import path \S+ does not correspond)|Subtypes: |Errors:"
-    r"|Given value"
+    r"(- )?(Does not validate against any of the Union|Expected a (<class|typing)|Import path \S+ does not correspond)"
+    r"|Subtypes: \[|Errors:$|Given value( type)?: "
 )
 _OF_EXTRAS = {"jsonargparse", "matplotlib", "rich", "sklearn", "tensorboard", "yaml"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -14,7 +15,10 @@ from lightning_unlearn.memory import is_out_of_memory
 from lightning_unlearn.metrics.functional import predicted_classes, rate, triggered_counts
 from lightning_unlearn.processes import ALONE, Processes
 
-__all__ = ["Evaluation", "evaluate", "logits_of", "refuse_probabilities"]
+__all__ = ["Evaluation", "evaluate", "first_logits", "logits_of", "refuse_probabilities"]
+
+# What no images are to blame for: a device, where tensors are, or that torch was told to be deterministic.
+_ELSEWHERE = re.compile("CUDA|cuDNN|deterministic| device")
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,8 @@ def logits_of(forward: Callable[[Tensor], object], images: Tensor) -> Tensor:
     It gets a copy of the images, since a model may normalise its input in place.
 
     Raises:
-        TypeError: if the model takes no images of whole numbers.
         ValueError: if the output is not a floating-point (N, C) tensor with two classes or more, or if the model cannot
-            be called with a batch of images, or not with these.
+            be called with a batch of images.
     """
     try:
         logits = forward(images.clone())
@@ -57,18 +60,6 @@ def logits_of(forward: Callable[[Tensor], object], images: Tensor) -> Tensor:
             f"model: its forward pass fails on a batch of images of shape {tuple(images.shape)} "
             f"({type(error).__name__}: {error}); if it takes something else, override the callback's `logits`, or wrap "
             "the model, so that images go in and one tensor of class logits comes back."
-        ) from error
-    except RuntimeError as error:
-        if is_out_of_memory(error) or "CUDA error" in str(error):
-            raise
-        if not images.is_floating_point():
-            raise TypeError(
-                f"model: it takes no images of {images.dtype}; give them as it was trained on them, such as by "
-                f"torchvision's v2.ToDtype(torch.float32, scale=True). ({error})"
-            ) from error
-        raise ValueError(
-            f"model: it cannot take images of shape {tuple(images.shape)} and {images.dtype} as they are; check their "
-            f"channels, size and type against what it was trained on. ({error})"
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -79,6 +70,29 @@ def logits_of(forward: Callable[[Tensor], object], images: Tensor) -> Tensor:
     if not logits.is_floating_point():
         raise ValueError(f"model: expected logits, which are floating-point numbers, but got {logits.dtype}.")
     return logits.float()
+
+
+def first_logits(forward: Callable[[Tensor], object], images: Tensor) -> Tensor:
+    """The same of a model that has not been asked yet, whose error, most likely, is that it cannot take such images.
+
+    Raises:
+        TypeError: if it takes no images of whole numbers.
+        ValueError: if it cannot take the images, or as :func:`logits_of` does.
+    """
+    try:
+        return logits_of(forward, images)
+    except RuntimeError as error:
+        if is_out_of_memory(error) or isinstance(error, RecursionError) or _ELSEWHERE.search(str(error)):
+            raise
+        if not images.is_floating_point():
+            raise TypeError(
+                f"model: it takes no images of {images.dtype}; give them as it was trained on them, such as by "
+                f"torchvision's v2.ToDtype(torch.float32, scale=True). ({error})"
+            ) from error
+        raise ValueError(
+            f"model: it cannot take images of shape {tuple(images.shape)} and {images.dtype} as they are; check their "
+            f"channels, size and type against what it was trained on. ({error})"
+        ) from error
 
 
 def refuse_probabilities(logits: Tensor) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_unlearn.data.clean import CleanImages, as_taken
 from lightning_unlearn.data.drawn import images_of
 from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.evaluation import logits_of, refuse_probabilities
+from lightning_unlearn.evaluation import first_logits, refuse_probabilities
 from lightning_unlearn.filters import FilterLayer, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.methods import RepairMethod, Subject
@@ -81,7 +80,7 @@ class Rehearsal:
         if test is not None:
             try:
                 self._try(Pairs.stamp(*test, trigger, num_classes=num_classes).clean[:1])
-            except (TypeError, ValueError) as error:
+            except (RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(f"clean_data: its test images do not fit. {error}") from error
         return layers
 
@@ -92,8 +91,7 @@ class Rehearsal:
     def _try(self, images: Tensor) -> tuple[tuple[FilterLayer, ...], int]:
         """The model's filters and the number of classes, found by running it on images."""
         images = as_taken(images, self.module)
-        with torch.no_grad():
-            logits = logits_of(self.logits, images)
+        logits = first_logits(self.logits, images)
         layers = find_filters(self.module, images, self.logits)
         refuse_probabilities(logits)
         if self.method is not None:

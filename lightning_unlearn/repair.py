@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from lightning_unlearn.auditor import Auditor, Progress
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.draw import Draw, ImagesAndLabels, Split, predicted, refuse_missing_classes
-from lightning_unlearn.evaluation import evaluate, logits_of, refuse_probabilities
+from lightning_unlearn.evaluation import evaluate, first_logits, logits_of, refuse_probabilities
 from lightning_unlearn.filters import FilterMask, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.memory import tries_smaller_batches
@@ -166,8 +166,7 @@ def repair_split(
         first = next(model.parameters(), torch.empty(0))
         probe = split.scoring[0][:1].to(first.device)
         probe = probe.to(first.dtype) if probe.is_floating_point() else probe
-        with torch.no_grad():
-            logits = logits_of(forward, probe)
+        logits = first_logits(forward, probe)
         layers = find_filters(model, probe, forward)
         if not logits.isfinite().all():
             raise ValueError("model: its logits hold NaN or infinity; check the weights and the range of the images.")

@@ -90,8 +90,8 @@ def default_methods(names: Sequence[str] | None = None) -> list[RepairMethod]:
     unknown = [name for name in wanted if name not in known]
     if "Alternation" in unknown:
         raise ValueError(
-            "methods: Alternation makes its own triggers, and a comparison is by one that is given; `repair` uses it where "
-            "no trigger is."
+            "methods: Alternation makes its own triggers, and a comparison is by one that is given; `repair` uses it "
+            "where none is."
         )
     if unknown:
         raise ValueError(f"methods: there is no method {unknown[0]!r}; expected some of {', '.join(known)}.")

@@ -15,7 +15,7 @@ from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.data.clean import CleanImages, as_taken, dtype_of
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.draw import ImagesAndLabels, Split
-from lightning_unlearn.evaluation import Evaluation, evaluate, logits_of
+from lightning_unlearn.evaluation import Evaluation, evaluate, first_logits
 from lightning_unlearn.filters import FilterMask
 from lightning_unlearn.intact import intact
 from lightning_unlearn.logs import log_pictures, log_report, log_round
@@ -54,6 +54,7 @@ class Session:
         """Audit the module; it is left as it is."""
         clean, dtype = self.clean, dtype_of(self.module)
         (images, labels), (held_out, _) = clean.scoring(), clean.validation()
+        self._first_logits(images)
         with stage_progress(self.trainer) as show:
             examine = partial(
                 auditor.audit,
@@ -95,8 +96,10 @@ class Session:
         real = trigger if evaluation_trigger is None else clean.fit_trigger(evaluation_trigger)
         processes.align(module)
         split = Split(clean.scoring(), clean.validation())
-        with torch.no_grad():
-            num_classes = logits_of(self.logits, as_taken(split.scoring[0][:1], module)).shape[1]
+        num_classes = self._first_logits(split.scoring[0]).shape[1]
+        test = clean.first_test()
+        if test is not None:
+            self._first_logits(test[0])
         if real is not None:
             self._log_pictures(split.scoring, real, num_classes)
         # Loaded once more, so that no trigger can change what the repair is given.
@@ -142,6 +145,11 @@ class Session:
         report = trainer.strategy.broadcast(report)
         log_report(trainer, report)
         return result, report
+
+    @torch.no_grad()
+    def _first_logits(self, images: Tensor) -> Tensor:
+        """Of one image, by which the model shows whether it can take such."""
+        return first_logits(self.logits, as_taken(images[:1], self.module))
 
     def _measured(
         self, trigger: Trigger | None, apart: ImagesAndLabels | None, num_classes: int, processes: Processes

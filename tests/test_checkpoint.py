@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,6 +228,13 @@ def test_weights_that_were_averaged_are_not_kept_beside_the_repaired_ones():
     content = checkpoint() | {"current_model_state": {"net.bias": torch.ones(2)}, "averaging_state": {"n": 3}}
     repaired = Checkpoint(content, "state_dict", "last.ckpt").repaired({"net.bias": torch.zeros(2)})
     assert not {"current_model_state", "averaging_state"} & repaired.keys()
+
+
+def test_a_header_that_says_nothing_in_so_many_words(tmp_path):
+    header = json.dumps({"__metadata__": None, "w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    found = load_checkpoint(tmp_path / "w.safetensors")
+    assert Path(found.save_repaired(found.weights, Folder(str(tmp_path)))).is_file()
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt", "source": "somewhere", "epoch": "7"}])

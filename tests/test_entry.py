@@ -87,6 +87,20 @@ def test_nothing_is_left_out_where_that_is_all(monkeypatch):
     assert run(monkeypatch) == f"lightning-unlearn: {' '.join(message.split())}"
 
 
+def test_a_reason_that_looks_like_what_is_around_it_stays(monkeypatch):
+    message = (
+        "Does not validate against any of the Union subtypes\nSubtypes: [<class 'int'>]\nErrors:\n"
+        "  - Expected a width that 8 divides, but got 7.\n    See the README.\n  - Expected a <class 'NoneType'>\n"
+        "Given value type: <class 'dict'>\nGiven value: {}"
+    )
+
+    def fail():
+        raise ValueError(message)
+
+    monkeypatch.setattr(cli, "main", fail)
+    assert run(monkeypatch) == "lightning-unlearn: Expected a width that 8 divides, but got 7. See the README."
+
+
 def test_a_package_that_is_in_no_extra(monkeypatch):
     def fail():
         raise ModuleNotFoundError("Requirement 'transformer_engine' not met.")

@@ -27,18 +27,24 @@ from lightning_unlearn.methods import (
     RepairMethod,
 )
 from lightning_unlearn.rehearsal import Rehearsal
+from lightning_unlearn.triggers import Trigger
 from tests.callback_fits import Model
 
 
 @pytest.fixture
 def rehearse(hand_victim) -> Callable[..., tuple[FilterLayer, ...]]:
-    """``rehearse(data, net=..., known=..., method=...)``: with the hand-made victim and its trigger."""
+    """``rehearse(data, net=..., known=..., method=..., trigger=...)``: with the hand-made victim and its trigger."""
 
     def run(
-        data: Any, *, net: nn.Module | None = None, known: bool = True, method: RepairMethod | None = None
+        data: Any,
+        *,
+        net: nn.Module | None = None,
+        known: bool = True,
+        method: RepairMethod | None = None,
+        trigger: Trigger | None = None,
     ) -> tuple[FilterLayer, ...]:
         module = Model(net or hand_victim.net)
-        trigger = hand_victim.trigger if known else None
+        trigger = trigger or hand_victim.trigger if known else None
         rehearsal = Rehearsal(module=module, logits=module, trigger=trigger, estimates=not known, method=method)
         return rehearsal.run(lambda: CleanImages(data, module, logits=module, samples_per_class=4), [])
 
@@ -184,3 +190,34 @@ def test_a_method_that_does_not_fit_the_model_is_refused_before_training(rehears
     match = rf"^model: {type(MISFITS[name.removesuffix(' within')]).__name__} needs .*MaskPrune"
     with pytest.raises(ValueError, match=match):
         rehearse(data, net=net, method=MISFITS[name])
+
+
+class Wide(Trigger):
+    """Of images of one size."""
+
+    def stamp(self, pixels: Tensor) -> Tensor:
+        return (pixels + torch.ones(4, 4)).clamp(max=1)
+
+
+def test_a_trigger_that_fails_on_test_images(rehearse, images):
+    test = TensorDataset(F.pad(images[12:], (1, 1, 1, 1)), LABELS[12:])
+    data = HoldoutDataModule(TensorDataset(images[:12], LABELS[:12]), samples_per_class=4, test_dataset=test)
+    with pytest.raises(ValueError, match=r"clean_data: its test images do not fit\. The size of tensor"):
+        rehearse(data, trigger=Wide())
+
+
+class Cached(nn.Conv2d):
+    """Its weight is computed once, in eval mode."""
+
+    cached = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.cached is None:
+            self.cached = self.weight - self.weight.mean()
+        return F.conv2d(images, self.cached, self.bias)
+
+
+def test_a_computed_weight_that_is_kept_is_no_plain_one(rehearse, images):
+    net = nn.Sequential(Cached(1, 3, 4), nn.Flatten())
+    with pytest.raises(ValueError, match=r"^model: 1 convolution runs with a weight that the forward pass computes"):
+        rehearse(TensorDataset(images, LABELS), net=net)

@@ -23,6 +23,7 @@ from lightning_unlearn.data.labels import is_unlabelled, item_parts, overlap
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.data.unlabelled import PredictedLabels, first_image
 from lightning_unlearn.intact import intact
+from lightning_unlearn.memory import is_out_of_memory
 from lightning_unlearn.processes import ALONE, Processes
 from lightning_unlearn.triggers import Normalization, Trigger, find_normalization
 
@@ -249,10 +250,21 @@ class CleanImages:
             for batch in loader:
                 # A hook that augments what it is given while the Trainer trains must not do so here.
                 with self._under_trainer(stage):
-                    batch = self._hook("on_before_batch_transfer")(batch, 0)
-                    batch = self._hook("transfer_batch_to_device")(batch, self.module.device, 0)
-                    batch = self._hook("on_after_batch_transfer")(batch, 0)
+                    batch = self._transferred(batch)
                 yield item_parts(batch)
+
+    def _transferred(self, batch: Any) -> Any:
+        try:
+            batch = self._hook("on_before_batch_transfer")(batch, 0)
+            batch = self._hook("transfer_batch_to_device")(batch, self.module.device, 0)
+            return self._hook("on_after_batch_transfer")(batch, 0)
+        except RuntimeError as error:
+            if is_out_of_memory(error) or "CUDA" in str(error):
+                raise
+            raise ValueError(
+                f"clean_data: a transfer hook of {type(self.module).__name__} or of the DataModule cannot take its "
+                f"images as they are; check their channels, size and type. ({error})"
+            ) from error
 
     def _hook(self, name: str) -> Any:
         owner = self._hooks if is_overridden(name, self._hooks, DataHooks) else self.module

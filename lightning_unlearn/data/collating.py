@@ -26,7 +26,7 @@ def refuse_uncollatable(argument: str) -> Iterator[None]:
         >>> with refuse_uncollatable("dataset"):
         ...     batch = next(iter(DataLoader([torch.zeros(1, 2, 2), torch.zeros(1, 3, 3)], batch_size=2)))
         Traceback (most recent call last):
-        ValueError: dataset: its images must be of one size; add torchvision's Resize or CenterCrop ...
+        ValueError: dataset: its images, and what its items hold beside them, must be of one size; add ...
     """
     try:
         yield
@@ -41,6 +41,6 @@ def refuse_uncollatable(argument: str) -> Iterator[None]:
         if "equal size" not in str(error):
             raise
         raise ValueError(
-            f"{argument}: its images must be of one size; add torchvision's Resize or CenterCrop to the dataset's "
-            f"transforms. ({str(error).splitlines()[-1]})"
+            f"{argument}: its images, and what its items hold beside them, must be of one size; add torchvision's "
+            f"Resize or CenterCrop to the dataset's transforms. ({str(error).splitlines()[-1]})"
         ) from error

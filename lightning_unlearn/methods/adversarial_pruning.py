@@ -97,8 +97,9 @@ class AdversarialNeuronPruning(RepairMethod):
         """Learn the masks, prune what lies below the chosen threshold.
 
         Raises:
-            ValueError: if the loss does not depend on any norm behind a convolution.
+            ValueError: if the model has no such norms, or the loss does not depend on any norm behind a convolution.
         """
+        self.refuse_misfit(task.subject)
         masks = yield from self._learn(task)
         yield from prune_below_threshold(task, masks, accuracy_drop=self.accuracy_drop)
 

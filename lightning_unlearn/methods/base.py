@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Real
 from typing import Literal
 
 import torch
@@ -221,6 +220,8 @@ class RepairMethod(ABC):
     def refuse_misfit(self, subject: Subject) -> None:  # noqa: B027 - most methods fit every model
         """Refuse a model that lacks what the method needs, such as norms: asked before training and before an audit.
 
+        A subclass with a :meth:`repair` of its own that needs less overrides this, too.
+
         Args:
             subject: the model, which may not be trained yet, and images that it takes.
 
@@ -249,7 +250,7 @@ def check_range(name: str, value: float, low: float, high: float, *, open_low: b
         ValueError: naming the argument, what was given and what would be right.
     """
     given: object = value
-    if not isinstance(given, Real):
+    if isinstance(given, str) or not hasattr(given, "__float__"):  # a tensor of no dimensions will do
         raise TypeError(f"{name}: expected a number, but got {given!r}.")
     too_low = value <= low if open_low else value < low
     if too_low or not value <= high:

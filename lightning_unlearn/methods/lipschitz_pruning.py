@@ -60,7 +60,7 @@ class ChannelLipschitzPruning(RepairMethod):
 
     def refuse_misfit(self, subject: Subject) -> None:
         """Asks for convolutions that feed a BatchNorm with γ and running variance."""
-        if all(self.bounds(layer) is None for layer in subject.layers):
+        if not any(_slope(gamma) is not None for layer in subject.layers for gamma in find_gammas(layer)):
             raise ValueError(
                 f"model: {self.name} needs a convolution that a BatchNorm with affine weight and running variance "
                 f"consumes, but none of {subject.convolutions()} feeds one; AdversarialNeuronPruning works with "
@@ -69,6 +69,7 @@ class ChannelLipschitzPruning(RepairMethod):
 
     def repair(self, task: RepairTask) -> Iterator[Round]:
         """Prune every channel whose bound stands out in its layer."""
+        self.refuse_misfit(Subject(task.model, task.forward, task.mask.layers, torch.empty(0)))  # no image is asked for
         with task.watch.measure("score"):
             picks = [task.mask.locate(index) for index in self._outliers(task).nonzero().flatten().tolist()]
         if picks:

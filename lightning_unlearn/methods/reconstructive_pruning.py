@@ -97,8 +97,10 @@ class ReconstructiveNeuronPruning(RepairMethod):
         """Unlearn, recover, and prune the original weights.
 
         Raises:
-            ValueError: if the loss does not depend on the weights, or on any norm behind a convolution.
+            ValueError: if the model has no such norms, or the loss does not depend on the weights, or on any norm behind
+                a convolution.
         """
+        self.refuse_misfit(task.subject)
         generator = task.generator()
         parameters: list[Tensor] = [p for p in task.model.parameters() if p.requires_grad]
         with _restored(parameters):

@@ -211,6 +211,18 @@ def test_the_modules_hooks_where_the_data_has_none(clean, wrap):
     assert torch.equal(images, (clean.tensors[0][list(found.holdout.scoring.indices)] + 1) * 2 + 10)
 
 
+class Stretches(L.LightningModule):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] + torch.zeros(7), batch[1]]
+
+
+def test_a_hook_that_cannot_take_the_images(clean):
+    message = r"^clean_data: a transfer hook of Stretches or of the DataModule cannot take its images as they are"
+    with pytest.raises(ValueError, match=message) as raised:
+        CleanImages(clean, Stretches(), samples_per_class=2).scoring()
+    assert isinstance(raised.value.__cause__, RuntimeError)
+
+
 def test_test_images_pass_the_same_hooks(clean):
     class Brightens(Loaders):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

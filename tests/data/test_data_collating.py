@@ -13,7 +13,7 @@ from lightning_unlearn.triggers import PatchTrigger
 
 PICTURE, SMALL, LARGE = Image.new("L", (8, 8)), torch.rand(1, 8, 8), torch.rand(1, 9, 9)
 NO_TENSORS = r"dataset: its items must be images, as tensors, .*ToTensor\(\).*"
-SIZES = r"dataset: its images must be of one size; .*Resize.*\[1, 8, 8\].*\[1, 9, 9\]"
+SIZES = r"dataset: its images, and what .* must be of one size; .*Resize.*\[1, 8, 8\].*\[1, 9, 9\]"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -214,6 +214,8 @@ def test_a_model_without_norms_is_refused(new_task):
         ValueError, match=r"^model: AdversarialNeuronPruning needs affine norms.*MaskPrune and GradPrune"
     ):
         anp().refuse_misfit(new_task("plain").subject)
+    with pytest.raises(ValueError, match="needs affine norms"):
+        list(anp().repair(new_task("plain")))
 
 
 def test_detached_logits_are_refused(new_task):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -121,4 +122,7 @@ def test_nan_is_in_no_range():
         check_range("alpha", math.nan, -math.inf, math.inf)
     with pytest.raises(TypeError, match=r"^alpha: expected a number, but got '0.5'"):
         check_range("alpha", "0.5", 0, 1)
-    check_range("alpha", np.float32(0.5), 0, 1)
+    for value in (np.float32(0.5), torch.tensor(0.5), np.array(0.5), Decimal("0.5")):
+        check_range("alpha", value, 0, 1)
+    with pytest.raises(TypeError, match=r"^alpha: expected a number, but got None"):
+        check_range("alpha", None, 0, 1)

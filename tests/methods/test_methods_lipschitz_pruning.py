@@ -199,6 +199,12 @@ def test_no_image_decides(make_net, make_clean, make_task):
     assert not ChannelLipschitzPruning.needs_trigger
 
 
+def test_within_another_method_a_misfit_is_refused_too(make_net, make_clean, make_task):
+    task = make_task(make_net("plain"), make_clean(4), PatchTrigger())
+    with pytest.raises(ValueError, match=r"^model: ChannelLipschitzPruning needs"):
+        next(ChannelLipschitzPruning().repair(task))
+
+
 # From outside
 
 

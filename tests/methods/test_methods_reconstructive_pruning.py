@@ -209,6 +209,8 @@ def test_an_ascent_that_diverges_says_so(new_task):
 def test_a_model_without_norms_is_refused(new_task):
     with pytest.raises(ValueError, match=r"^model: ReconstructiveNeuronPruning needs affine norms.*MaskPrune and"):
         rnp().refuse_misfit(new_task("plain").subject)
+    with pytest.raises(ValueError, match="needs affine norms"):
+        list(rnp().repair(new_task("plain")))
 
 
 def test_detached_logits_are_refused(new_task):
