@@ -28,7 +28,7 @@ class _AuditCLI(CheckpointCLI):
 
     command = "audit"
     description = "Find out whether a finished checkpoint looks backdoored: exit code 0 if not, 3 if so, else an error."
-    writes = "by default unlearning.output_dir, or else none, and the verdict is only printed"
+    writes = "by default unlearning.output_dir, or else none but what the Trainer logs, in lightning_logs"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)

@@ -57,7 +57,8 @@ def compare(
         dataset: as for :func:`~lightning_unlearn.repair`; without labels the untouched model's answers stand in, so
             that ACC is agreement with them.
         trigger: the trigger that every method is measured by; only those that need it are told.
-        methods: what to compare; every method of :mod:`lightning_unlearn.methods` with its defaults by default.
+        methods: what to compare; by default every method of :mod:`lightning_unlearn.methods` with its default
+            arguments, but for the three that are :data:`~lightning_unlearn.roster.SHORTENED`.
         test: clean images to measure rates on, which no method sees; by default the validation part.
         samples_per_class: as for :func:`~lightning_unlearn.repair`.
         share: as for :func:`~lightning_unlearn.repair`.

@@ -50,7 +50,7 @@ class Report:
         filters: how many there are in ``total``, and in each of the ``layers``; how many were ``pruned``, and which,
             ``by_layer``; how many others were ``turned_down`` by more than half, and which, ``turned_down_by_layer``.
         rounds: every round, measured on the validation part.
-        seconds: ``score``, ``evaluate``, ``finetune`` and ``total`` wall-clock time.
+        seconds: wall-clock time: ``estimate``, ``score``, ``evaluate``, ``finetune`` and ``total``.
         checkpoint: where the repaired model was written, if it was.
         verdict: what the audit said where no trigger was given: ``"clean"``, ``"suspicious"`` or ``"backdoored"``.
         suspected_target: the class that it suspects most.

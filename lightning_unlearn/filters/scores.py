@@ -23,6 +23,7 @@ from lightning_unlearn.processes import ALONE, Processes
 __all__ = ["SCORES", "Score", "mean_abs_gradient", "score_filters", "taylor"]
 
 Score = Literal["mean_abs_grad", "taylor"]
+"""By what filters are ranked: the mean absolute gradient, as the paper has it, or the signed first-order change."""
 
 
 def mean_abs_gradient(layers: Sequence[FilterLayer], losses: Iterable[Tensor], processes: Processes = ALONE) -> Tensor:

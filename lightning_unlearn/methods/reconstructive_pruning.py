@@ -97,8 +97,8 @@ class ReconstructiveNeuronPruning(RepairMethod):
         """Unlearn, recover, and prune the original weights.
 
         Raises:
-            ValueError: if the model has no such norms, or the loss does not depend on the weights, or on any norm behind
-                a convolution.
+            ValueError: if the model has no such norms, or the loss does not depend on the weights, or on any norm
+                behind a convolution.
         """
         self.refuse_misfit(task.subject)
         generator = task.generator()
