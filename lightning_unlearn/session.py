@@ -97,9 +97,6 @@ class Session:
         processes.align(module)
         split = Split(clean.scoring(), clean.validation())
         num_classes = self._first_logits(split.scoring[0]).shape[1]
-        test = clean.first_test()
-        if test is not None:
-            self._first_logits(test[0])
         if real is not None:
             self._log_pictures(split.scoring, real, num_classes)
         # Loaded once more, so that no trigger can change what the repair is given.
@@ -159,7 +156,9 @@ class Session:
             if trigger is None:  # then no image counts for its rates, which is no fault of the images
                 warnings.filterwarnings("ignore", message="The .* has no image to count")
             if self.clean.has_test:
-                return evaluate(self.logits, self.clean.test(trigger, num_classes, processes), processes)
+                # The model has not been asked for test images yet.
+                asked = partial(first_logits, self.logits)
+                return evaluate(asked, self.clean.test(trigger, num_classes, processes), processes)
             if apart is None or trigger is None:
                 return None
             pairs = Pairs.stamp(*apart, trigger, num_classes=num_classes).to(self.module.device, dtype_of(self.module))

@@ -238,6 +238,19 @@ def test_images_that_do_not_fit_are_one_line(folder, hand_victim, monkeypatch, c
     assert "\n" not in left
 
 
+def test_test_images_that_do_not_fit_are_one_line(folder, monkeypatch):
+    words = [
+        "--unlearning.clean_data=lightning_unlearn.HoldoutDataModule",
+        f"--unlearning.clean_data.dataset={__name__}.HandImages",
+        f"--unlearning.clean_data.test_dataset={__name__}.HandImages",
+        "--unlearning.clean_data.test_dataset.channels=3",
+        "--unlearning.clean_data.samples_per_class=4",
+        "--unlearning.trigger=lightning_unlearn.triggers.PatchTrigger",
+    ]
+    left = code(monkeypatch, *words, command="repair")
+    assert re.match(r"lightning-unlearn: model: it cannot take images of shape \(60, 3, 4, 4\) .*\d channel", left)
+
+
 def test_other_errors_keep_their_traceback(folder, monkeypatch):
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("in the middle")
