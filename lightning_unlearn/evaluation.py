@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -11,14 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from lightning_unlearn.data.pairs import Pairs
-from lightning_unlearn.memory import is_out_of_memory
+from lightning_unlearn.memory import is_of_machine
 from lightning_unlearn.metrics.functional import predicted_classes, rate, triggered_counts
 from lightning_unlearn.processes import ALONE, Processes
 
 __all__ = ["Evaluation", "evaluate", "first_logits", "logits_of", "refuse_probabilities"]
-
-# What no images are to blame for: a device, where tensors are, or that torch was told to be deterministic.
-_ELSEWHERE = re.compile("CUDA|cuDNN|deterministic| device")
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ def first_logits(forward: Callable[[Tensor], object], images: Tensor) -> Tensor:
     try:
         return logits_of(forward, images)
     except RuntimeError as error:
-        if is_out_of_memory(error) or isinstance(error, RecursionError) or _ELSEWHERE.search(str(error)):
+        if is_of_machine(error):
             raise
         if not images.is_floating_point():
             raise TypeError(

@@ -1,4 +1,4 @@
-"""What to do when memory runs out: try once with half as many images, then give up."""
+"""Errors that are the machine's; when memory runs out, try once with half as many images, then give up."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
-__all__ = ["is_out_of_memory", "tries_smaller_batches"]
+__all__ = ["is_of_machine", "is_out_of_memory", "tries_smaller_batches"]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Model = TypeVar("_Model")
 _Images = TypeVar("_Images")
 _Plan = TypeVar("_Plan", bound="_HasBatchSize")
+_MACHINE = re.compile("CUDA|cuDNN|deterministic| device")
 _MESSAGES = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
@@ -38,6 +39,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     # Not every device has an exception class of its own, and torch 2.4 has none for them all.
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_MESSAGES.search(str(error))))
+
+
+def is_of_machine(error: RuntimeError) -> bool:
+    """Whether no images are to blame for an error, but memory, a device, where tensors are, or determinism.
+
+    Example:
+        >>> from lightning_unlearn.memory import is_of_machine
+        >>> is_of_machine(RuntimeError("cuDNN error: ...")), is_of_machine(RuntimeError("shapes differ"))
+        (True, False)
+    """
+    return is_out_of_memory(error) or isinstance(error, RecursionError) or bool(_MACHINE.search(str(error)))
 
 
 def tries_smaller_batches(

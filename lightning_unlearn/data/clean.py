@@ -23,7 +23,7 @@ from lightning_unlearn.data.labels import is_unlabelled, item_parts, overlap
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.data.unlabelled import PredictedLabels, first_image
 from lightning_unlearn.intact import intact
-from lightning_unlearn.memory import is_out_of_memory
+from lightning_unlearn.memory import is_of_machine
 from lightning_unlearn.processes import ALONE, Processes
 from lightning_unlearn.triggers import Normalization, Trigger, find_normalization
 
@@ -259,7 +259,7 @@ class CleanImages:
             batch = self._hook("transfer_batch_to_device")(batch, self.module.device, 0)
             return self._hook("on_after_batch_transfer")(batch, 0)
         except RuntimeError as error:
-            if is_out_of_memory(error) or "CUDA" in str(error):
+            if is_of_machine(error):
                 raise
             raise ValueError(
                 f"clean_data: a transfer hook of {type(self.module).__name__} or of the DataModule cannot take its "
