@@ -18,7 +18,7 @@ from lightning_unlearn.draw import Draw
 from lightning_unlearn.evaluation import first_logits, logits_of, refuse_probabilities
 from lightning_unlearn.head import head_of, prominence
 from lightning_unlearn.intact import intact
-from lightning_unlearn.margins import largest_margins
+from lightning_unlearn.margins import Margins, largest_margins
 from lightning_unlearn.triggers import AdditiveTrigger, Normalization
 from lightning_unlearn.triggers.distance import individual_costs
 from lightning_unlearn.triggers.inversion import Estimate, Family, invert, measured
@@ -173,6 +173,7 @@ class Auditor:
         classes: Sequence[int] | None = None,
         usual: Mapping[Family, Usual] | None = None,
         start: Sequence[Estimate] = (),
+        margins: bool = True,
         on_progress: Progress | None = None,
     ) -> Audit:
         """Look at the classes of a model in eval mode.
@@ -188,6 +189,7 @@ class Auditor:
             usual: :attr:`Audit.usual` of an earlier audit of all classes, to judge a few by.
             start: estimates of an earlier audit to start from, such as those of an
                 :class:`~lightning_unlearn.triggers.EstimatedTrigger`; without them every class starts at random.
+            margins: look at the largest margins, too; without them classes are judged by their triggers alone.
             on_progress: called as work goes on, with the name of a stage, what is done of it and what there is to do.
 
         Returns:
@@ -220,15 +222,17 @@ class Auditor:
         wanted = list(range(num_classes) if classes is None else classes)
         prominent = prominence(None if model is None else head_of(model, num_classes), num_classes)
 
-        margins = largest_margins(
-            on_pixels,
-            pixels,
-            num_classes=num_classes,
-            at_once=self.at_once,
-            seed=self.seed,
-            deadline=(started + deadline) / 2,  # so that estimates, without which nothing can be repaired, have time
-            on_step=None if on_progress is None else partial(on_progress, "margin"),
-        )
+        largest = Margins([], pixels[:0])
+        if margins:
+            largest = largest_margins(
+                on_pixels,
+                pixels,
+                num_classes=num_classes,
+                at_once=self.at_once,
+                seed=self.seed,
+                deadline=(started + deadline) / 2,  # so that estimates, without which there is no repair, have time
+                on_step=None if on_progress is None else partial(on_progress, "margin"),
+            )
 
         def estimate(family: Family, of: list[int], steps: int) -> list[Estimate]:
             return self._estimate(on_pixels, pixels, known, family, of, steps, start, deadline, on_progress)
@@ -242,7 +246,7 @@ class Auditor:
             costs = alone(wanted)["additive"]
             # By score, as in the end: after so few steps a target's cost tells more than its universality does.
             screened = judged(
-                {"additive": screening}, {"additive": costs}, None, [prominent[c] for c in wanted], margins.values
+                {"additive": screening}, {"additive": costs}, None, [prominent[c] for c in wanted], largest.values
             )
             keep = max(_FEW, len(wanted) // 5)
             wanted = sorted(entry.target for entry in sorted(screened, key=lambda entry: entry.score)[-keep:])
@@ -255,8 +259,8 @@ class Auditor:
                 if not found:
                     raise
                 break
-        complete = len(found) == len(COMPARED) and bool(margins.values)
-        entries = judged(found, individual, usual, [prominent[c] for c in wanted], margins.values)
+        complete = len(found) == len(COMPARED) and (not margins or bool(largest.values))
+        entries = judged(found, individual, usual, [prominent[c] for c in wanted], largest.values)
         score = max(entry.score for entry in entries)
         if score <= 1 and not complete:
             raise TimeOverError(
@@ -274,7 +278,7 @@ class Auditor:
                 c = wanted[k]
                 # It hides much of the image, which costs accuracy, so that it is not used where the others tell enough.
                 # First, since who starts from earlier estimates wants the cheapest, which is the last of a family.
-                surest = AdditiveTrigger(margins.patterns[c], target=c)
+                surest = AdditiveTrigger(largest.patterns[c], target=c)
                 own = [measured(on_pixels, pixels[known != c], surest, "additive", c), *own]
             if k == worst and verdict != "clean":
                 try:

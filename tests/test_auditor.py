@@ -110,6 +110,16 @@ def test_a_model_that_bright_images_make_far_too_sure_is_found_by_that():
     assert alone.gap == found.classes[3].gap
 
 
+@pytest.mark.parametrize("model", [honest, backdoored(2)])
+def test_margins_may_be_left_out(monkeypatch, model):
+    usual = examined(model)
+    monkeypatch.setattr(auditor, "largest_margins", None)
+    found = examined(model, margins=False)
+    assert {(entry.margin, entry.gap) for entry in found.classes} == {(None, 0.0)}
+    assert [entry.score for entry in found.classes] == [entry.trigger_score for entry in usual.classes]
+    assert found.complete
+
+
 def test_the_change_that_made_the_model_far_too_sure_is_an_estimate(monkeypatch):
     images, labels = rows()
     bright = torch.full((4, 1, *images.shape[2:]), 0.75)

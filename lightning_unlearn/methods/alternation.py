@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,7 +32,7 @@ class Alternation(RepairMethod):
     model, where what was missed is all that is left to find. They join those before, and the *original* model is
     repaired against all of them, since repairs of repairs would cost accuracy each time. That goes on until no such
     class scores above ``stop_score`` in an :class:`~lightning_unlearn.Audit`, until ``rounds`` are over, or until a
-    repair costs more accuracy than ``accuracy_drop`` allows: then the one before counts.
+    repair costs more accuracy than ``accuracy_drop`` allows: then the one counts after which the score was lowest.
 
     Where the model's own audit suspected no class, and the repair is forced, estimates may hold nothing of the
     backdoor, and cannot tell when it is gone. Then it is the *repaired* model that is repaired again, in all ``rounds``
@@ -119,27 +120,37 @@ class Alternation(RepairMethod):
         watched = list(dict.fromkeys([target, *(entry.target for entry in classes if entry.score > self.stop_score)]))
         usual = None if task.audit is None else task.audit.usual_without(watched)
         forced = task.audit is not None and task.audit.verdict == "clean"
+        # Where triggers told, they tell when it is over: masks widen the gap of a class that has lost all but its own
+        # images, and what is estimated for it then is what these look like.
+        margins = forced or task.audit is None or any(e.score > 1 >= e.trigger_score for e in task.audit.classes)
+        best, lowest = original, math.inf
         for number in range(1, self.rounds + 1):
-            kept = original if number == 1 else _Moment(task)
-            if not forced:
+            if forced:
+                best = _Moment(task)
+            else:
                 original.put_back()
             stage = self._task(task, pool)
             yield from self.method.repair(stage)
             task.rounds = stage.rounds
             if task.measure().acc < floor:
-                original.put_back()  # so that undoing the mask goes back to its filters
-                kept.put_back()
-                return
-            if number == self.rounds:
-                return
+                break
+            if number == self.rounds and (forced or number == 1):
+                return  # there is nothing to choose from
+            start = known if self.warm_start else ()
             try:
-                found = self._audit(task, number, classes=watched, usual=usual, start=known if self.warm_start else ())
+                found = self._audit(task, number, classes=watched, usual=usual, start=start, margins=margins)
             except TimeOverError:
                 return
-            if found.score <= self.stop_score and not forced:
-                return
+            if not forced:
+                if found.score <= self.stop_score:
+                    return
+                # More estimates are not always better: those of a repaired model hold less of what the attacker taught.
+                if found.score < lowest:
+                    best, lowest = _Moment(task), found.score
             pool += [estimate.trigger for estimate in found.estimates]
             known += found.estimates
+        original.put_back()  # so that undoing the mask goes back to its filters
+        best.put_back()
 
     def _audit(self, task: RepairTask, number: int, **options: Any) -> Audit:
         """What some classes of the model look like after a repair, as the first process finds it."""

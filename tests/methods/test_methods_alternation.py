@@ -71,8 +71,7 @@ def test_rounds_go_on_until_the_score_is_low_or_they_are_over(task, monkeypatch,
     done = list(Alternation(method, rounds=4, stop_score=stop_score).repair(task))
     assert [number.round for number in done] == list(range(1, rounds + 1))
     assert task.rounds == rounds
-    assert len(calls) == min(len(scores), 3)  # nothing is estimated after the last round
-    assert [call["seed"] for call in calls] == [8, 9, 10][: len(calls)]
+    assert [call["seed"] for call in calls] == list(range(8, 8 + rounds))
     assert all(call["classes"] == [0] for call in calls)
 
 
@@ -88,8 +87,12 @@ def test_an_audit_that_saw_nothing_cannot_tell_when_it_is_gone(task, monkeypatch
     assert len(list(Alternation(Recorder(), rounds=4).repair(task))) == rounds
 
 
+def test_after_a_single_repair_nothing_is_estimated(task, monkeypatch):
+    assert scripted(monkeypatch) == list(Alternation(Recorder(), rounds=1).repair(task))[1:]
+
+
 def test_the_pool_grows_and_images_carry_it(task, monkeypatch):
-    scripted(monkeypatch, 2.0, 2.0)
+    scripted(monkeypatch, 2.0, 2.0, 2.0)
     method = Recorder()
     list(Alternation(method, rounds=3, strength=1.0).repair(task))
     pools = [stage.trigger for stage in method.tasks]
@@ -144,7 +147,7 @@ def assert_same(first, second):
 
 @pytest.mark.parametrize("verdict", [None, "suspicious", "backdoored"])
 def test_every_repair_is_of_the_original(changing, monkeypatch, verdict):
-    scripted(monkeypatch, *[2.0] * 3, size=8)
+    scripted(monkeypatch, 3.0, 2.0, 1.0, size=8)
     task, method, found, left = changing()
     if verdict is not None:
         task.audit = Audit(verdict, 0, 3.0, (), (), 3)
@@ -155,6 +158,22 @@ def test_every_repair_is_of_the_original(changing, monkeypatch, verdict):
         assert_same(start, original)
     assert_same((task.model.state_dict(), task.mask.pruned), left[2])
     assert task.mask.pruned == (task.mask.locate(3), task.mask.locate(7))
+
+
+@pytest.mark.parametrize(
+    ("scores", "counts"),
+    [((3.0, 1.0, 2.0), 1), ((1.0, 3.0, 2.0), 0), ((2.0, 2.0, 2.0), 0), ((1.0, 2.0, 0.6), 2), ((2.0, 1.0, 0.9), 2)],
+)
+def test_the_repair_counts_after_which_the_class_stood_out_least(changing, monkeypatch, scores, counts):
+    scripted(monkeypatch, *scores, size=8)
+    task, method, found, left = changing()
+    list(Alternation(method, rounds=3).repair(task))
+    assert len(found) == 3
+    assert_same((task.model.state_dict(), task.mask.pruned), left[counts])
+    pruned = task.mask.pruned
+    task.mask.undo(task.mask.steps)
+    for layer, index in pruned:
+        assert torch.equal(task.model.state_dict()[f"{layer}.weight"][index], found[0][0][f"{layer}.weight"][index])
 
 
 def test_where_nothing_was_suspected_repairs_go_on_from_each_other(changing, monkeypatch):
@@ -171,7 +190,7 @@ def test_where_nothing_was_suspected_repairs_go_on_from_each_other(changing, mon
 @pytest.mark.parametrize("bad", [1, 2, 3])
 @pytest.mark.parametrize("verdict", ["clean", "backdoored"])
 def test_of_a_repair_over_the_budget_the_one_before_counts(changing, monkeypatch, bad, verdict):
-    scripted(monkeypatch, *[2.0] * 5, size=8)
+    scripted(monkeypatch, 2.0, 1.9, 1.8, size=8)
     task, method, found, left = changing()
     task.audit = Audit(verdict, 0, 2.0, (), (), 3)
     accuracy = iter([1.0] * bad + [0.85] * 9)  # before everything, and after each round
@@ -183,6 +202,15 @@ def test_of_a_repair_over_the_budget_the_one_before_counts(changing, monkeypatch
     task.mask.undo(task.mask.steps)
     for layer, index in pruned:  # it is the original's, not what a method had made of it
         assert torch.equal(task.model.state_dict()[f"{layer}.weight"][index], found[0][0][f"{layer}.weight"][index])
+
+
+def test_of_a_repair_over_the_budget_the_best_before_counts(changing, monkeypatch):
+    scripted(monkeypatch, 1.8, 1.9, size=8)
+    task, method, _, left = changing()
+    accuracy = iter([1.0, 1.0, 1.0, 0.85])
+    monkeypatch.setattr(task, "measure", lambda: replace(task.before, acc=next(accuracy)))
+    assert len(list(Alternation(method, accuracy_drop=0.1).repair(task))) == 3
+    assert_same((task.model.state_dict(), task.mask.pruned), left[0])
 
 
 def test_a_loss_of_just_the_budget_is_allowed(task, monkeypatch):
@@ -253,6 +281,31 @@ def test_what_is_audited_again(task, monkeypatch, score, again):
     assert [call["classes"] for call in calls] == [again]
     # What is audited again is no part of what it is judged by.
     assert calls[0]["usual"] == {"additive": Usual.of([costs[c] for c in range(3) if c not in again])}
+
+
+@pytest.mark.parametrize(
+    ("told", "margins"),
+    [
+        ([(1.05, 0.0)], False),
+        ([(1.05, 2.0)], False),  # triggers tell enough
+        ([(1.0, 1.0)], True),  # the gap alone told
+        ([(1.05, 0.0), (0.2, 1.0)], True),
+        ([(1.0, 0.9)], True),  # nothing told
+    ],
+)
+def test_where_triggers_told_margins_are_not_looked_at_again(task, monkeypatch, told, margins):
+    calls = scripted(monkeypatch, 0.5, 0.5)
+    entries = tuple(ClassAudit(c, score, {}, {}, {}, gap=gap) for c, (score, gap) in enumerate([*told, (0.1, 0.0)]))
+    worst = max(entry.score for entry in entries)
+    task.audit = Audit("clean" if worst <= 1 else "backdoored", 0, worst, entries, (), 3)
+    list(Alternation(Recorder(), rounds=2).repair(task))
+    assert [call["margins"] for call in calls] == [margins]
+
+
+def test_of_a_trigger_that_was_given_margins_are_looked_at(task, monkeypatch):
+    calls = scripted(monkeypatch, 0.5)
+    list(Alternation(Recorder()).repair(task))
+    assert calls[0]["margins"]
 
 
 def test_the_first_repair_is_of_all_that_the_audit_suspects(task, monkeypatch):
@@ -399,7 +452,7 @@ def test_the_default_method_learns_masks_alone():
 
 
 def test_what_earlier_repairs_pruned_stays_so(task, monkeypatch):
-    scripted(monkeypatch, 2.0)
+    scripted(monkeypatch, 2.0, 2.0)
     task.mask = FilterMask(task.mask.layers, {"0": torch.tensor([False, True, False, False])})
     method = Recorder(lambda stage: stage.mask.prune([("0", 0)]))
     list(Alternation(method, rounds=2, accuracy_drop=1.0).repair(task))
