@@ -63,9 +63,7 @@ _INNER: dict[str, type[RepairMethod]] = {"finetune": methods.FineTuning}
 # Passes over the training images. With twelve PreActResNet-18 has a clean accuracy of 0.82 to 0.83; two attacks are
 # learned at 0.80 sooner. The VGG-style net learns the fastest.
 _EPOCHS = {
-    ("vgg", "badnets", 0.1): 5,
-    ("vgg", "blended", 0.1): 5,
-    **{("vgg", attack, 0.1): 8 for attack in ("sig", "wanet-1.0", "bpp", "lf-strong")},
+    **{("vgg", attack, 0.1): 8 for attack in ("badnets", "blended", "sig", "wanet-1.0", "bpp", "lf-strong")},
     **{("mobilenet", attack, 0.1): 7 for attack in ("badnets", "blended", "wanet-1.0")},
     ("preact_resnet18", "sig", 0.1): 7,
     ("preact_resnet18", "bpp", 0.1): 11,
@@ -99,7 +97,7 @@ VICTIMS: dict[str, list[Victim]] = {
     ],
 }
 # (images per class, seed of the draw and of the method) of each group of victims.
-_DRAWS = {"preact": [(10, 0), (2, 0), (10, 1), (100, 0)]}
+_DRAWS = {"preact": [(10, 0), (2, 0), (10, 1), (100, 0)], "vgg": [(10, 0), (100, 0)]}
 
 
 @dataclass(frozen=True)
