@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from benchmarks.matrix import METHODS
@@ -13,7 +14,8 @@ from benchmarks.tables import by_draw, by_setting, method_name, method_names
 
 __all__ = ["plot"]
 
-_MARKERS = "oPXsDv^<>*hpd8H"
+_MARKERS = "oPXsDv^<>*hpd8Hx"
+_COLOURS = colormaps["tab20"].colors  # type: ignore[attr-defined]  # of a list of colours, which not every map is
 _ABREAST = 3  # panels in a row
 
 
@@ -46,11 +48,12 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
                     *zip(*points, strict=True),
                     label=name,
                     marker=_MARKERS[number % len(_MARKERS)],
-                    color="black" if ours else f"C{number % 10}",
+                    color="black" if ours else _COLOURS[(number - 1) % len(_COLOURS)],
                     s=60 if ours else 30,
                     zorder=3 if ours else 2,
                 )
-        axes.set(xlabel="ACC drop, points ↓", ylabel="ASR, % ↓", title=setting)
+        axes.set(xlabel="ACC drop, points ↓", ylabel="ASR, % ↓")
+        axes.set_title(setting, fontsize="small")  # the longest is as wide as its panel
         axes.set_xscale("symlog", linthresh=5)
         axes.set_yscale("symlog", linthresh=5)
         axes.grid(color="0.9")
