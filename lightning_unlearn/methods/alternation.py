@@ -120,14 +120,14 @@ class Alternation(RepairMethod):
         watched = list(dict.fromkeys([target, *(entry.target for entry in classes if entry.score > self.stop_score)]))
         usual = None if task.audit is None else task.audit.usual_without(watched)
         forced = task.audit is not None and task.audit.verdict == "clean"
-        # Where triggers told, they tell when it is over: masks widen the gap of a class that has lost all but its own
-        # images, and what is estimated for it then is what these look like.
+        # Where triggers told, they tell when it is over: a class that has lost its backdoor may have the widest gap,
+        # and what is estimated by that is what its own images look like.
         margins = forced or task.audit is None or any(e.score > 1 >= e.trigger_score for e in task.audit.classes)
         best, lowest = original, math.inf
         for number in range(1, self.rounds + 1):
-            if forced:
+            if forced and number > 1:
                 best = _Moment(task)
-            else:
+            elif not forced:
                 original.put_back()
             stage = self._task(task, pool)
             yield from self.method.repair(stage)
