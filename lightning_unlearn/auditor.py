@@ -1,4 +1,4 @@
-"""Estimate triggers class by class, and judge by them whether a model looks backdoored."""
+"""Judge by the triggers that can be estimated for each class whether a model looks backdoored."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +15,19 @@ from torch.utils.data import Dataset
 
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.draw import Draw
+from lightning_unlearn.estimation import Estimation, Progress, TimeOverError
 from lightning_unlearn.evaluation import first_logits, logits_of, refuse_probabilities
 from lightning_unlearn.head import head_of, prominence
 from lightning_unlearn.intact import intact
 from lightning_unlearn.margins import Margins, largest_margins
 from lightning_unlearn.triggers import AdditiveTrigger, Normalization
-from lightning_unlearn.triggers.distance import individual_costs
-from lightning_unlearn.triggers.inversion import Estimate, Family, invert, measured
+from lightning_unlearn.triggers.inversion import Estimate, Family, measured
 from lightning_unlearn.triggers.normalization import in_pixels
-from lightning_unlearn.verdict import COMPARED, SURELY, WIDEST, WORKS, Audit, Usual, Verdict, judged
+from lightning_unlearn.verdict import COMPARED, SURELY, WIDEST, Audit, Usual, Verdict, judged
 
 __all__ = ["Auditor", "Progress", "TimeOverError", "audit"]
 
 _FEW = 12  # so many classes are all looked at closely
-_ENOUGH = 256  # so many images tell a mean distance well enough
-
-Progress: TypeAlias = Callable[[str, int, int], object]
 
 
 def audit(
@@ -103,10 +100,6 @@ def audit(
             on_progress=on_progress,
         )
     return replace(found, labels=draw.labels)
-
-
-class TimeOverError(ValueError):
-    """Time was over before anything could be said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +211,19 @@ class Auditor:
         known = (
             logits.argmax(1) if labels is None else Pairs.stamp(pixels, labels, None, num_classes=num_classes).labels
         )
-        _refuse_no_gradient(on_pixels, pixels[: self.at_once])
+        estimation = Estimation(
+            forward=on_pixels,
+            pixels=pixels,
+            labels=known,
+            batch_size=self.batch_size,
+            at_once=self.at_once,
+            seed=self.seed,
+            start=start,
+            deadline=deadline,
+            max_time=self.max_time,
+            on_progress=on_progress,
+        )
+        estimation.refuse_no_gradient()
         wanted = list(range(num_classes) if classes is None else classes)
         prominent = prominence(None if model is None else head_of(model, num_classes), num_classes)
 
@@ -234,27 +239,20 @@ class Auditor:
                 on_step=None if on_progress is None else partial(on_progress, "margin"),
             )
 
-        def estimate(family: Family, of: list[int], steps: int) -> list[Estimate]:
-            return self._estimate(on_pixels, pixels, known, family, of, steps, start, deadline, on_progress)
-
-        def alone(of: list[int]) -> dict[Family, list[float]]:
-            some = slice(None, None, math.ceil(len(pixels) / _ENOUGH))  # images lie class by class
-            return individual_costs(on_pixels, pixels[some], known[some], classes=of, batch_size=self.at_once)
-
         if len(wanted) > _FEW:
-            screening = estimate("additive", wanted, self.screen_steps)
-            costs = alone(wanted)["additive"]
+            screening = estimation.estimate("additive", wanted, self.screen_steps)
+            costs = estimation.individual(wanted)["additive"]
             # By score, as in the end: after so few steps a target's cost tells more than its universality does.
             screened = judged(
                 {"additive": screening}, {"additive": costs}, None, [prominent[c] for c in wanted], largest.values
             )
             keep = max(_FEW, len(wanted) // 5)
             wanted = sorted(entry.target for entry in sorted(screened, key=lambda entry: entry.score)[-keep:])
-        individual = alone(wanted)
+        individual = estimation.individual(wanted)
         found: dict[Family, list[Estimate]] = {}
         for family in COMPARED:
             try:
-                found[family] = estimate(family, wanted, self.steps)
+                found[family] = estimation.estimate(family, wanted, self.steps)
             except TimeOverError:
                 if not found:
                     raise
@@ -282,10 +280,10 @@ class Auditor:
                 own = [measured(on_pixels, pixels[known != c], surest, "additive", c), *own]
             if k == worst and verdict != "clean":
                 try:
-                    own += estimate("residual", [wanted[worst]], self.steps)
+                    own += estimation.estimate("residual", [wanted[worst]], self.steps)
                 except TimeOverError:
                     complete = False
-            estimates += _usable(on_pixels, own, held)
+            estimates += estimation.usable(own, held)
         return Audit(
             verdict=verdict,
             suspected_target=None if verdict == "clean" else wanted[worst],
@@ -298,73 +296,6 @@ class Auditor:
             complete=complete,
             seconds=time.monotonic() - started,
         )
-
-    def _estimate(
-        self,
-        forward: Callable[[Tensor], Tensor],
-        pixels: Tensor,
-        labels: Tensor,
-        family: Family,
-        classes: list[int],
-        steps: int,
-        start: Sequence[Estimate],
-        deadline: float,
-        on_progress: Progress | None,
-    ) -> list[Estimate]:
-        """Estimates of one family, as many classes at once as fit.
-
-        Raises:
-            TimeOverError: if time was over before the last step: what is half estimated costs more than it should.
-        """
-        size = max(1, self.at_once // self.batch_size)
-        groups = [classes[start : start + size] for start in range(0, len(classes), size)]
-        estimates: list[Estimate] = []
-        done = 0
-
-        def on_step() -> None:
-            nonlocal done
-            done += 1
-            if on_progress is not None:
-                on_progress(family, done, steps * len(groups))
-
-        for group in groups:
-            estimates += invert(
-                forward,
-                pixels,
-                labels,
-                family=family,
-                classes=group,
-                steps=steps,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                start=start,
-                deadline=deadline,
-                on_step=on_step,
-            )
-            if done % steps or (time.monotonic() > deadline and len(estimates) < len(classes)):
-                whole = len(estimates) - (len(group) if done % steps else 0)
-                raise TimeOverError(
-                    f"max_time: {self.max_time} s were over after {whole} of {len(classes)} classes; allow more."
-                )
-        return estimates
-
-
-@torch.no_grad()
-def _usable(
-    forward: Callable[[Tensor], Tensor], estimates: Sequence[Estimate], held_out: Tensor
-) -> tuple[Estimate, ...]:
-    """Those that also work on images they were not estimated on; the best one where none does."""
-    answers = forward(held_out).argmax(1)
-
-    def works(estimate: Estimate) -> float:
-        others = held_out[answers != estimate.target]
-        if not len(others):
-            return 0.0
-        stamped = estimate.trigger.stamp(others.clone()).clamp(0, 1)
-        return float((forward(stamped).argmax(1) == estimate.target).float().mean())
-
-    shares = [works(estimate) for estimate in estimates]
-    return tuple(e for e, share in zip(estimates, shares, strict=True) if share >= min(WORKS, max(shares)))
 
 
 @torch.no_grad()
@@ -380,16 +311,3 @@ def _answers(forward: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
         )
     refuse_probabilities(logits)
     return logits
-
-
-def _refuse_no_gradient(forward: Callable[[Tensor], Tensor], pixels: Tensor) -> None:
-    """A model that rounds what it is given answers to changes, but not to their gradient, which estimates follow."""
-    some = pixels[:16].clone().requires_grad_()
-    logits = forward(some)
-    best = logits.amax(1).sum()
-    gradient = torch.autograd.grad(best, some)[0] if best.requires_grad else torch.zeros_like(some)
-    if not gradient.any():
-        raise ValueError(
-            "model: its logits have no gradient in the images, so that no trigger can be estimated; take out what "
-            "rounds or detaches them on their way in."
-        )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_unlearn import auditor
+from lightning_unlearn import auditor, estimation
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.head import prominence
 from lightning_unlearn.margins import Margins, gaps
@@ -211,28 +211,12 @@ def test_the_screen_keeps_a_class_that_costs_far_less_than_the_others(monkeypatc
             for c in classes
         ]
 
-    monkeypatch.setattr(auditor, "individual_costs", individual_costs)
-    monkeypatch.setattr(auditor, "invert", invert)
+    monkeypatch.setattr(estimation, "individual_costs", individual_costs)
+    monkeypatch.setattr(estimation, "invert", invert)
     found = examined(honest, rows(classes=15), by=Auditor(screen_steps=7, steps=9, batch_size=1))
     assert looked_at[0] == ("additive", list(range(15)), 7)
     assert all((len(classes), steps) == (12, 9) for family, classes, steps in looked_at[1:] if family != "residual")
     assert 4 in [entry.target for entry in found.classes]
-
-
-def test_estimates_are_used_that_work_on_images_of_other_classes():
-    def estimate(brightness, target=1):
-        return Estimate(AdditiveTrigger(torch.full((1, 1, 1), brightness), target=target), "additive", target, 0.1, 1.0)
-
-    def model(x):  # dark, or bright
-        level = x.mean((1, 2, 3))
-        return torch.stack([torch.full_like(level, 0.5), level], 1)
-
-    held = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.9, 0.9, 0.9, 0.9]).view(-1, 1, 1, 1)
-    useless, half, good = (estimate(brightness) for brightness in (0.05, 0.25, 0.45))
-    # Half of the images are bright in any case.
-    assert auditor._usable(model, [useless, half, good], held) == (half, good)
-    assert auditor._usable(model, [useless], held) == (useless,)  # the best there is
-    assert auditor._usable(model, [estimate(0.05), half], held[4:]) != ()
 
 
 def test_progress_is_told_to_the_end():
