@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.triggers.distance import individual_costs
-from lightning_unlearn.triggers.inversion import Estimate, Family, invert
+from lightning_unlearn.triggers.families import Family
+from lightning_unlearn.triggers.inversion import Estimate, invert
 from lightning_unlearn.verdict import WORKS
 
 __all__ = ["Estimation", "Progress", "TimeOverError"]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_unlearn.margins import gaps
 from lightning_unlearn.triggers import Trigger, TriggerPool
-from lightning_unlearn.triggers.inversion import Estimate, Family
+from lightning_unlearn.triggers.families import Family
+from lightning_unlearn.triggers.inversion import Estimate
 
 if TYPE_CHECKING:
     from rich.table import Table

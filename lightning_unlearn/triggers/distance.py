@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_unlearn.triggers.estimated import displace
-from lightning_unlearn.triggers.inversion import Family
+from lightning_unlearn.triggers.families import Family
 
 __all__ = ["individual_costs"]
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lightning_unlearn.triggers.base import Trigger
 from lightning_unlearn.triggers.estimated import AdditiveTrigger, CoveringTrigger, DisplacingTrigger, ResidualTrigger
-from lightning_unlearn.triggers.inversion import Estimate, Family
+from lightning_unlearn.triggers.families import Family
+from lightning_unlearn.triggers.inversion import Estimate
 from lightning_unlearn.triggers.pool import TriggerPool
 
 __all__ = ["EstimatedTrigger", "stored"]
@@ -55,7 +56,8 @@ class EstimatedTrigger(TriggerPool):
         >>> import tempfile, torch
         >>> from pathlib import Path
         >>> from lightning_unlearn.triggers import AdditiveTrigger
-        >>> from lightning_unlearn.triggers.inversion import Estimate
+        >>> from lightning_unlearn.triggers.families import Family
+    from lightning_unlearn.triggers.inversion import Estimate
         >>> from lightning_unlearn.triggers.stored import EstimatedTrigger, stored
         >>> found = AdditiveTrigger(torch.full((1, 8, 8), 0.25), target=7)
         >>> with tempfile.TemporaryDirectory() as folder:

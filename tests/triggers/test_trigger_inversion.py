@@ -14,7 +14,8 @@ from lightning_unlearn.triggers import (
     PatchTrigger,
     ResidualTrigger,
 )
-from lightning_unlearn.triggers.inversion import FAMILIES, Estimate, invert
+from lightning_unlearn.triggers.families import FAMILIES
+from lightning_unlearn.triggers.inversion import Estimate, invert
 
 KINDS = {
     "additive": AdditiveTrigger,

@@ -26,7 +26,8 @@ from lightning_unlearn.triggers import (
     Trigger,
     TriggerPool,
 )
-from lightning_unlearn.triggers.inversion import FAMILIES, Estimate
+from lightning_unlearn.triggers.families import FAMILIES
+from lightning_unlearn.triggers.inversion import Estimate
 from lightning_unlearn.triggers.stored import stored
 
 FORMAT = "lightning-unlearn estimated trigger 1"
