@@ -36,9 +36,9 @@ from lightning_unlearn import __version__, repair
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate
+from lightning_unlearn.judgement import judged
 from lightning_unlearn.triggers import Trigger
 from lightning_unlearn.triggers.inversion import Estimate
-from lightning_unlearn.verdict import judged
 
 _RESULTS = Path(__file__).parent / "results" / "detection.jsonl"
 _SIZES = {"digits": (1_000, 20), "fashion_mnist": (4_000, 5)}  # training images and epochs

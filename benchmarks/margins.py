@@ -13,8 +13,8 @@ from benchmarks.honest import HONEST
 from benchmarks.matrix import VICTIMS
 from benchmarks.victims import Victim, train
 from lightning_unlearn.draw import Draw
+from lightning_unlearn.judgement import WIDEST
 from lightning_unlearn.margins import gaps, largest_margins
-from lightning_unlearn.verdict import WIDEST
 
 
 def row(victim: Victim, cache: Path) -> str:

@@ -19,12 +19,13 @@ from lightning_unlearn.estimation import Estimation, Progress, TimeOverError
 from lightning_unlearn.evaluation import first_logits, logits_of, refuse_probabilities
 from lightning_unlearn.head import head_of, prominence
 from lightning_unlearn.intact import intact
+from lightning_unlearn.judgement import COMPARED, WIDEST, Usual, judged
 from lightning_unlearn.margins import Margins, largest_margins
 from lightning_unlearn.triggers import AdditiveTrigger, Normalization
 from lightning_unlearn.triggers.families import Family
 from lightning_unlearn.triggers.inversion import Estimate, measured
 from lightning_unlearn.triggers.normalization import in_pixels
-from lightning_unlearn.verdict import COMPARED, SURELY, WIDEST, Audit, Usual, Verdict, judged
+from lightning_unlearn.verdict import SURELY, Audit, Verdict
 
 __all__ = ["Auditor", "Progress", "TimeOverError", "audit"]
 

@@ -11,10 +11,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_unlearn.judgement import WORKS
 from lightning_unlearn.triggers.distance import individual_costs
 from lightning_unlearn.triggers.families import Family
 from lightning_unlearn.triggers.inversion import Estimate, invert
-from lightning_unlearn.verdict import WORKS
 
 __all__ = ["Estimation", "Progress", "TimeOverError"]
 

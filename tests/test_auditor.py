@@ -9,10 +9,10 @@ from torch import nn
 from lightning_unlearn import auditor, estimation
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.head import prominence
+from lightning_unlearn.judgement import WIDEST
 from lightning_unlearn.margins import Margins, gaps
 from lightning_unlearn.triggers import AdditiveTrigger
 from lightning_unlearn.triggers.inversion import Estimate
-from lightning_unlearn.verdict import WIDEST
 from tests.small_audits import FAST, backdoored, examined, honest, numbers, rows
 
 # What it finds

@@ -7,7 +7,7 @@ import pytest
 
 from lightning_unlearn import auditor
 from lightning_unlearn.auditor import Auditor, TimeOverError
-from lightning_unlearn.verdict import COMPARED
+from lightning_unlearn.judgement import COMPARED
 from tests.small_audits import examined
 
 

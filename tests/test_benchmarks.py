@@ -21,8 +21,8 @@ from lightning_unlearn import audit, methods, repair
 from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.data import Digits
 from lightning_unlearn.evaluation import Evaluation
+from lightning_unlearn.judgement import LIMITS, WIDEST
 from lightning_unlearn.margins import Margins
-from lightning_unlearn.verdict import LIMITS, WIDEST
 
 TINY = victims.Victim("digits", "conv", "badnets", epochs=1, images=128)
 KEYS = {

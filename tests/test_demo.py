@@ -22,9 +22,9 @@ from lightning_unlearn import Report, demo, methods
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.cli import main
 from lightning_unlearn.demo import configs
+from lightning_unlearn.judgement import LIMITS
 from lightning_unlearn.methods import RepairMethod
 from lightning_unlearn.triggers import Trigger
-from lightning_unlearn.verdict import LIMITS
 
 SCHEMA = {
     "schema_version", "method", "trigger", "target", "samples_per_class", "seed", "before", "after", "der", "rir",
@@ -201,7 +201,7 @@ def test_what_is_written_and_printed_of_an_unknown_trigger(unknown_run):
 def test_an_honest_model_is_left_alone(tmp_path, monkeypatch):
     # The limits were chosen on networks of the demo's size; how often they err is the benchmark's to say, and this net
     # is a smaller one.
-    monkeypatch.setattr("lightning_unlearn.verdict.LIMITS", {family: 2 * limit for family, limit in LIMITS.items()})
+    monkeypatch.setattr("lightning_unlearn.judgement.LIMITS", {family: 2 * limit for family, limit in LIMITS.items()})
     done = unknown(tmp_path / "new", "--poison-ratio", "0")
     report = done.report
     assert (report.status, report.verdict, report.suspected_target) == ("clean", "clean", None)

@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lightning_unlearn.judgement import ClassAudit
 from lightning_unlearn.methods import Round
 from lightning_unlearn.plots import plot_audit, plot_report
 from lightning_unlearn.report import Report
 from lightning_unlearn.triggers import Normalization, PatchTrigger
 from lightning_unlearn.triggers.estimated import AdditiveTrigger
 from lightning_unlearn.triggers.inversion import Estimate
-from lightning_unlearn.verdict import Audit, ClassAudit, Verdict
+from lightning_unlearn.verdict import Audit, Verdict
 
 
 def audit(channels: int = 1, verdict: Verdict = "backdoored") -> Audit:

@@ -17,13 +17,14 @@ from torch import nn
 import lightning_unlearn
 from lightning_unlearn.evaluation import Evaluation
 from lightning_unlearn.filters import FilterMask, find_filters
+from lightning_unlearn.judgement import ClassAudit
 from lightning_unlearn.methods import GradPrune, Round
 from lightning_unlearn.repair import repair
 from lightning_unlearn.report import Report
 from lightning_unlearn.result import RepairResult
 from lightning_unlearn.triggers import BlendTrigger, PatchTrigger
 from lightning_unlearn.triggers.inversion import Estimate
-from lightning_unlearn.verdict import Audit, ClassAudit
+from lightning_unlearn.verdict import Audit
 
 BEFORE = Evaluation(acc=0.9, asr=1.0, ra=0.0, loss=0.3, unlearning_loss=5.0)
 AFTER = Evaluation(acc=0.8, asr=0.1, ra=0.7, loss=0.4, unlearning_loss=0.5)

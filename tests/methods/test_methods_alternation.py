@@ -12,11 +12,12 @@ from torch.utils.data import TensorDataset
 from lightning_unlearn import repair
 from lightning_unlearn.auditor import Auditor, TimeOverError
 from lightning_unlearn.filters import FilterMask
+from lightning_unlearn.judgement import ClassAudit, Usual
 from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, MaskPrune, RepairMethod
 from lightning_unlearn.methods.lessons import lessons
 from lightning_unlearn.triggers import AdditiveTrigger, PatchTrigger, TriggerPool
 from lightning_unlearn.triggers.inversion import Estimate
-from lightning_unlearn.verdict import Audit, ClassAudit, Usual
+from lightning_unlearn.verdict import Audit
 
 PATTERN = torch.full((1, 4, 4), 0.1)
 
