@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,45 +9,17 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_unlearn import repair
-from lightning_unlearn.auditor import Auditor, TimeOverError
+from lightning_unlearn.auditor import Auditor
 from lightning_unlearn.filters import FilterMask
 from lightning_unlearn.judgement import ClassAudit, Usual
-from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, MaskPrune, RepairMethod
+from lightning_unlearn.methods import Alternation, FineTuning, GradPrune, MaskPrune
 from lightning_unlearn.methods.lessons import lessons
 from lightning_unlearn.triggers import AdditiveTrigger, PatchTrigger, TriggerPool
 from lightning_unlearn.triggers.inversion import Estimate
 from lightning_unlearn.verdict import Audit
+from tests.methods.small_alternations import Recorder, scripted
 
 PATTERN = torch.full((1, 4, 4), 0.1)
-
-
-class Recorder(RepairMethod):
-    """Keeps what each round got, and changes what it is told to."""
-
-    needs_trigger = True
-
-    def __init__(self, change=lambda task: None):
-        self.change = change
-        self.tasks = []
-
-    def repair(self, task):
-        self.tasks.append(task)
-        self.change(task)
-        yield task.round("prune", task.validate())
-
-
-def scripted(monkeypatch, *scores, size=4, more=()):
-    """An auditor whose scores are written by hand; the list of its calls."""
-    calls, left = [], list(scores)
-
-    def audit(self, forward, images, labels, **options):
-        calls.append({"seed": self.seed, "images": images, **options, "start": tuple(options["start"])})
-        estimate = Estimate(AdditiveTrigger(torch.full((1, size, size), 0.1), target=0), "additive", 0, 0.1, 1.0)
-        score = left.pop(0)
-        return Audit("clean" if score <= 1 else "backdoored", 0, score, (), (estimate, *more), 3)
-
-    monkeypatch.setattr(Auditor, "audit", audit)
-    return calls
 
 
 @pytest.fixture
@@ -115,110 +86,6 @@ def test_strength_scales_additive_estimates_alone(task, strength):
     torch.testing.assert_close(added.pattern, PATTERN * strength)
     assert patch is members[1]
     assert torch.equal(members[0].pattern, PATTERN)
-
-
-@pytest.fixture
-def changing(make_net, make_clean, make_task):
-    """``changing()``: a task, a method that prunes two filters and moves all weights, and what it found and left."""
-
-    def make():
-        net = make_net("vgg")
-        task = make_task(net, make_clean(8), PatchTrigger(size=1, target=0))
-        found, left = [], []
-
-        def step(stage):
-            found.append((copy.deepcopy(net.state_dict()), task.mask.pruned))
-            task.mask.prune([task.mask.locate(len(found)), task.mask.locate(10 - len(found))])
-            with torch.no_grad():  # as a fine-tuning would, its norms' statistics too
-                for tensor in (*net.parameters(), *net.buffers()):
-                    tensor.add_(len(found))
-            task.mask.hold()
-            left.append((copy.deepcopy(net.state_dict()), task.mask.pruned))
-
-        return task, Recorder(step), found, left
-
-    return make
-
-
-def assert_same(first, second):
-    (weights, pruned), (others, others_pruned) = first, second
-    assert pruned == others_pruned
-    assert all(torch.equal(weights[name], others[name]) for name in others)
-
-
-@pytest.mark.parametrize("verdict", [None, "suspicious", "backdoored"])
-def test_every_repair_is_of_the_original(changing, monkeypatch, verdict):
-    scripted(monkeypatch, 3.0, 2.0, 1.0, size=8)
-    task, method, found, left = changing()
-    if verdict is not None:
-        task.audit = Audit(verdict, 0, 3.0, (), (), 3)
-    original = copy.deepcopy(task.model.state_dict()), ()
-    list(Alternation(method, rounds=3).repair(task))
-    assert len(found) == 3
-    for start in found:
-        assert_same(start, original)
-    assert_same((task.model.state_dict(), task.mask.pruned), left[2])
-    assert task.mask.pruned == (task.mask.locate(3), task.mask.locate(7))
-
-
-@pytest.mark.parametrize(
-    ("scores", "counts"),
-    [((3.0, 1.0, 2.0), 1), ((1.0, 3.0, 2.0), 0), ((2.0, 2.0, 2.0), 0), ((1.0, 2.0, 0.6), 2), ((2.0, 1.0, 0.9), 2)],
-)
-def test_the_repair_counts_after_which_the_class_stood_out_least(changing, monkeypatch, scores, counts):
-    scripted(monkeypatch, *scores, size=8)
-    task, method, found, left = changing()
-    list(Alternation(method, rounds=3).repair(task))
-    assert len(found) == 3
-    assert_same((task.model.state_dict(), task.mask.pruned), left[counts])
-    pruned = task.mask.pruned
-    task.mask.undo(task.mask.steps)
-    for layer, index in pruned:
-        assert torch.equal(task.model.state_dict()[f"{layer}.weight"][index], found[0][0][f"{layer}.weight"][index])
-
-
-def test_where_nothing_was_suspected_repairs_go_on_from_each_other(changing, monkeypatch):
-    scripted(monkeypatch, *[0.1] * 3, size=8)
-    task, method, found, left = changing()
-    task.audit = Audit("clean", None, 0.1, (), (), 3)
-    list(Alternation(method, rounds=3).repair(task))
-    assert len(found) == 3
-    for start, end in zip(found[1:], left[:-1], strict=True):
-        assert_same(start, end)
-    assert_same((task.model.state_dict(), task.mask.pruned), left[2])
-
-
-@pytest.mark.parametrize("bad", [1, 2, 3])
-@pytest.mark.parametrize("verdict", ["clean", "backdoored"])
-def test_of_a_repair_over_the_budget_the_one_before_counts(changing, monkeypatch, bad, verdict):
-    scripted(monkeypatch, 2.0, 1.9, 1.8, size=8)
-    task, method, found, left = changing()
-    task.audit = Audit(verdict, 0, 2.0, (), (), 3)
-    accuracy = iter([1.0] * bad + [0.85] * 9)  # before everything, and after each round
-    monkeypatch.setattr(task, "measure", lambda: replace(task.before, acc=next(accuracy)))
-    done = list(Alternation(method, rounds=5, accuracy_drop=0.1).repair(task))
-    assert len(done) == bad
-    assert_same((task.model.state_dict(), task.mask.pruned), [found[0], *left][bad - 1])
-    pruned = task.mask.pruned
-    task.mask.undo(task.mask.steps)
-    for layer, index in pruned:  # it is the original's, not what a method had made of it
-        assert torch.equal(task.model.state_dict()[f"{layer}.weight"][index], found[0][0][f"{layer}.weight"][index])
-
-
-def test_of_a_repair_over_the_budget_the_best_before_counts(changing, monkeypatch):
-    scripted(monkeypatch, 1.8, 1.9, size=8)
-    task, method, _, left = changing()
-    accuracy = iter([1.0, 1.0, 1.0, 0.85])
-    monkeypatch.setattr(task, "measure", lambda: replace(task.before, acc=next(accuracy)))
-    assert len(list(Alternation(method, accuracy_drop=0.1).repair(task))) == 3
-    assert_same((task.model.state_dict(), task.mask.pruned), left[0])
-
-
-def test_a_loss_of_just_the_budget_is_allowed(task, monkeypatch):
-    scripted(monkeypatch, *[2.0] * 5)
-    accuracy = iter([1.0, 0.9, 0.9, 0.9])
-    monkeypatch.setattr(task, "measure", lambda: replace(task.before, acc=next(accuracy)))
-    assert len(list(Alternation(Recorder(), rounds=3, accuracy_drop=0.1).repair(task))) == 3
 
 
 def test_a_known_trigger_may_be_alternated_too(hand_victim):
@@ -395,17 +262,6 @@ def test_models_are_audited_as_the_untouched_one_was_unless_told_otherwise(task,
     task.auditor = Auditor(steps=7, max_time=5.0)
     list(Alternation(Recorder(), auditor=own).repair(task))
     assert seen == [replace(own or task.auditor, seed=task.seed + 1)]
-
-
-def test_a_repair_stays_where_time_is_over_before_the_next_audit_is(changing, monkeypatch):
-    def audit(self, *given, **options):
-        raise TimeOverError("max_time: 2 s were over")
-
-    monkeypatch.setattr(Auditor, "audit", audit)
-    task, method, _, left = changing()
-    list(Alternation(method, rounds=3).repair(task))
-    assert len(left) == 1
-    assert_same((task.model.state_dict(), task.mask.pruned), left[0])
 
 
 @pytest.mark.parametrize("warm", [False, True])
