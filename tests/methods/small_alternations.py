@@ -10,6 +10,8 @@ from lightning_unlearn.triggers import AdditiveTrigger
 from lightning_unlearn.triggers.inversion import Estimate
 from lightning_unlearn.verdict import Audit
 
+__all__ = ["Recorder", "scripted"]
+
 
 class Recorder(RepairMethod):
     """Keeps what each round got, and changes what it is told to."""
