@@ -41,7 +41,7 @@ from lightning_unlearn.triggers import Trigger
 from lightning_unlearn.triggers.inversion import Estimate
 
 _RESULTS = Path(__file__).parent / "results" / "detection.jsonl"
-_SIZES = {"digits": (1_000, 20), "fashion_mnist": (4_000, 5)}  # training images and epochs
+SIZES = {"digits": (1_000, 20), "fashion_mnist": (4_000, 5)}  # training images and epochs
 _ATTACKS = ("badnets", "blended", "sig", "lf", "wanet-strong")
 _KEYS = ("part", "suspect")
 _HONEST = ("none", "imbalanced")
@@ -80,13 +80,14 @@ class Suspect:
         """The trained network, in eval mode."""
         torch.manual_seed(self.seed)
         net = ConvClassifier(width=16)
-        images, labels, generator = self._poisoned()
-        return fit(net, images, labels, epochs=_SIZES[self.dataset][1], generator=generator)
+        images, labels, generator = self.poisoned()
+        return fit(net, images, labels, epochs=SIZES[self.dataset][1], generator=generator)
 
-    def _poisoned(self) -> tuple[Tensor, Tensor, torch.Generator]:
+    def poisoned(self) -> tuple[Tensor, Tensor, torch.Generator]:
+        """Its training images and labels, and the generator that goes on with the draw of batches."""
         everything = load(self.dataset, "train")
         generator = torch.Generator().manual_seed(self.seed)
-        chosen = torch.randperm(len(everything[1]), generator=generator)[: _SIZES[self.dataset][0]]
+        chosen = torch.randperm(len(everything[1]), generator=generator)[: SIZES[self.dataset][0]]
         images, labels = (part[chosen].clone() for part in everything)
         trigger = self.trigger()
         if trigger is not None:
@@ -147,7 +148,7 @@ def _recipes(seed: int) -> Iterator[Suspect]:
             yield Suspect("fashion_mnist", seed=honest + 10 + 10 * draw + number)
         yield Suspect("fashion_mnist", seed=honest + 90 + draw)
     for number in range(10):
-        dataset = tuple(_SIZES)[number % 2]
+        dataset = tuple(SIZES)[number % 2]
         yield Suspect(dataset, "imbalanced", (3 * number + 1) % 10, seed=seed + 200 + number)
 
 
@@ -241,7 +242,7 @@ def repairs(lines: list[dict[str, Any]]) -> str:
         verdict = f"{x['verdict']}, {x['suspected_target']}" if x["verdict"] != "clean" else "clean"
         rates = (" / ".join(f"{x[when][key]:.3f}" for key in ("acc", "asr", "ra")) for when in ("before", "after"))
         rows.append(f"| {_name(x['suspect'])} | {verdict} | " + " | ".join(rates) + " |")
-    for dataset in _SIZES:
+    for dataset in SIZES:
         of = [x for x in bad if x["suspect"]["dataset"] == dataset]
         if of:
             drop = mean(x["before"]["acc"] - x["after"]["acc"] for x in of)

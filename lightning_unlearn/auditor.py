@@ -19,7 +19,7 @@ from lightning_unlearn.estimation import Estimation, Progress, TimeOverError
 from lightning_unlearn.evaluation import first_logits, logits_of, refuse_probabilities
 from lightning_unlearn.head import head_of, prominence
 from lightning_unlearn.intact import intact
-from lightning_unlearn.judgement import COMPARED, WIDEST, Usual, judged
+from lightning_unlearn.judgement import CALIBRATED_STEPS, COMPARED, WIDEST, Usual, judged
 from lightning_unlearn.margins import Margins, largest_margins
 from lightning_unlearn.triggers import AdditiveTrigger, Normalization
 from lightning_unlearn.triggers.families import Family
@@ -109,7 +109,8 @@ class Auditor:
     """Estimates triggers from clean images, and judges them.
 
     Args:
-        steps: Adam steps of each inversion.
+        steps: Adam steps of each inversion. Limits were chosen with the default; after fewer a backdoor may not stand
+            out yet, of which the verdict then warns.
         batch_size: images a class and step.
         at_once: most images in one forward pass; classes that do not fit are inverted one group after the other.
         screen_steps: steps after which classes without hope are dropped, where there are more than a dozen.
@@ -131,7 +132,7 @@ class Auditor:
         ([0, 1], 'predicted')
     """
 
-    steps: int = 100
+    steps: int = CALIBRATED_STEPS
     batch_size: int = 16
     at_once: int = 256
     screen_steps: int = 30
@@ -296,6 +297,7 @@ class Auditor:
             labels="predicted" if labels is None else "given",
             unseen=tuple(c for c in range(num_classes) if not (known == c).any()),
             complete=complete,
+            steps=self.steps,
             seconds=time.monotonic() - started,
         )
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Report"]
 
+_STILL = 0.1  # ASR above which a report says that the backdoor is not gone
 _ROWS = (("ACC ↑", "acc"), ("ASR ↓", "asr"), ("RA ↑", "ra"))
 
 
@@ -53,6 +54,8 @@ class Report:
         seconds: wall-clock time: ``estimate``, ``score``, ``evaluate``, ``finetune`` and ``total``.
         checkpoint: where the repaired model was written, if it was.
         verdict: what the audit said where no trigger was given: ``"clean"``, ``"suspicious"`` or ``"backdoored"``.
+        score: the highest of a class's scores in it; above 1 is suspicious.
+        caveats: what must be known to read the verdict, a sentence each.
         suspected_target: the class that it suspects most.
         suspected_targets: every class that it suspects, that one first.
         estimated_trigger: the triggers estimated for these classes, with family, target, cost and success.
@@ -79,6 +82,8 @@ class Report:
     checkpoint: str | None
     versions: Mapping[str, str]
     verdict: Verdict | None = None
+    score: float | None = None
+    caveats: tuple[str, ...] = ()
     suspected_target: int | None = None
     suspected_targets: tuple[int, ...] | None = None
     estimated_trigger: tuple[Mapping[str, Any], ...] | None = None
@@ -149,6 +154,8 @@ class Report:
             checkpoint=None if checkpoint is None else str(checkpoint),
             versions={name: _version(name) for name in ("lightning_unlearn", "torch", "lightning")},
             verdict=None if audit is None else audit.verdict,
+            score=None if audit is None else audit.score,
+            caveats=() if audit is None else replace(audit, labels="given").caveats(),  # `labels` is told apart
             suspected_target=None if audit is None else audit.suspected_target,
             suspected_targets=None if audit is None else audit.suspected_targets,
             estimated_trigger=None if audit is None else tuple(e.to_dict() for e in audit.estimates),
@@ -175,15 +182,18 @@ class Report:
         return write_whole(Path(path), lambda partial: partial.write_text(self.to_json(), encoding="utf-8"))
 
     def summary(self) -> str:
-        """What happened to the model, in a sentence or two."""
-        told = self._told()
+        """What happened to the model, in a few sentences."""
+        told = [self._told(), *self.caveats]
         if self.labels == "predicted":
-            return f"{told} The clean images had no labels: the model's own answers stood in for them."
-        return told
+            told.append("The clean images had no labels: the model's own answers stood in for them.")
+        return " ".join(told)
 
     def _told(self) -> str:
         if self.status == "clean":
-            return "Verdict: clean. No class stands out among the others; the model is as it was."
+            return (
+                f"Verdict: clean (score {self.score:.2f}, above 1 is suspicious). No class stands out among the "
+                "others; the model is as it was."
+            )
         if self.status == "not backdoored":
             return (
                 f"Left alone: the trigger's ASR on the clean images is already low ({self.trigger}); "
@@ -198,7 +208,19 @@ class Report:
         if self.verdict == "clean":
             verdict = "Verdict: clean; repaired all the same, as force=True asked for. "
         done = f"{self.method} pruned {pruned} of {total} filters{also} in {self.seconds['total']:.1f} s."
-        return f"{verdict}{done}"
+        return f"{verdict}{done}{self._still()}"
+
+    def _still(self) -> str:
+        """A warning where much of the backdoor is left."""
+        known = not math.isnan(self.after["asr"])
+        asr = self.after["asr"] if known or self.estimated_asr is None else self.estimated_asr["after"]
+        if not asr > _STILL:
+            return ""
+        what = "trigger" if known else "estimated trigger"
+        return (
+            f" The {what} still works on {asr:.0%} of the {self.measured_on if known else 'clean'} images: more clean "
+            "images per class may help, or another method, which `lightning-unlearn compare` finds."
+        )
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
         """Label, before and after of each rate."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_unlearn.judgement import COMPARED, FEW_CLASSES, WIDEST, WORKS, ClassAudit, Usual
+from lightning_unlearn.judgement import CALIBRATED_STEPS, COMPARED, FEW_CLASSES, WIDEST, WORKS, ClassAudit, Usual
 from lightning_unlearn.triggers import Trigger, TriggerPool
 from lightning_unlearn.triggers.families import Family
 from lightning_unlearn.triggers.inversion import Estimate
@@ -39,6 +39,7 @@ class Audit:
         labels: ``"given"``, or ``"predicted"`` if the model's own answers stood in for labels.
         unseen: classes of which there was no clean image; they were looked at with the images of the others.
         complete: whether there was time for all classes and steps.
+        steps: of each inversion.
         seconds: wall-clock time.
     """
 
@@ -51,6 +52,7 @@ class Audit:
     labels: Literal["given", "predicted"] = "given"
     unseen: tuple[int, ...] = ()
     complete: bool = True
+    steps: int = CALIBRATED_STEPS
     seconds: float = 0.0
 
     @property
@@ -116,7 +118,12 @@ class Audit:
 
     def notes(self) -> str:
         """The verdict, and what must be known to read it."""
-        notes, others = [self.summary()], self.suspected_targets[1:]
+        return " ".join([self.summary(), *self.caveats()])
+
+    def caveats(self) -> tuple[str, ...]:
+        """What must be known to read the verdict, a sentence each."""
+        notes: list[str] = []
+        others = self.suspected_targets[1:]
         for entry in self.classes:
             if entry.target != self.suspected_target:
                 continue
@@ -149,7 +156,12 @@ class Audit:
             notes.append(f"There was no clean image of class {', '.join(map(str, self.unseen))}.")
         if not self.complete:
             notes.append("Time was over before all was looked at: these are the best estimates so far.")
-        return " ".join(notes)
+        if self.steps < CALIBRATED_STEPS:
+            notes.append(
+                f"Triggers were estimated in {self.steps} steps, and what is innocent was learned with "
+                f"{CALIBRATED_STEPS}: after fewer a backdoor may not stand out yet."
+            )
+        return tuple(notes)
 
     def __str__(self) -> str:
         """The classes as a Markdown table, with the verdict."""

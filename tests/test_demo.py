@@ -29,7 +29,7 @@ from lightning_unlearn.triggers import Trigger
 SCHEMA = {
     "schema_version", "method", "trigger", "target", "samples_per_class", "seed", "before", "after", "der", "rir",
     "filters", "rounds", "seconds", "checkpoint", "versions", "status", "measured_on", "verdict", "suspected_target",
-    "suspected_targets", "estimated_trigger", "estimated_asr", "labels",
+    "suspected_targets", "score", "caveats", "estimated_trigger", "estimated_asr", "labels",
 }  # fmt: skip
 ROUND = {"round", "stage", "pruned", "total_pruned", "val_acc", "val_asr", "val_ra", "val_loss", "val_unlearning_loss"}
 

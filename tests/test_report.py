@@ -132,6 +132,8 @@ def test_the_schema(report):
         "verdict": None,
         "suspected_target": None,
         "suspected_targets": None,
+        "score": None,
+        "caveats": [],
         "estimated_trigger": None,
         "estimated_asr": None,
         "labels": "given",
@@ -317,13 +319,15 @@ ESTIMATES = (
 
 @pytest.fixture
 def unknown(result):
-    audit = Audit(verdict="backdoored", suspected_target=3, score=1.7, classes=(), estimates=ESTIMATES, num_classes=4)
+    entries = (ClassAudit(3, 1.7, {}, {}, {"additive": 0.75}),)
+    audit = Audit("backdoored", 3, score=1.7, classes=entries, estimates=ESTIMATES, num_classes=10)
     return dataclasses.replace(result, audit=audit)
 
 
 @pytest.fixture
 def clean(result):
-    audit = Audit(verdict="clean", suspected_target=None, score=0.7, classes=(), estimates=ESTIMATES, num_classes=4)
+    entries = (ClassAudit(3, 0.7, {}, {}, {"additive": 0.75}),)
+    audit = Audit("clean", None, score=0.7, classes=entries, estimates=ESTIMATES, num_classes=10)
     mask = FilterMask(result.mask.layers)
     held = (HELD_BEFORE, HELD_BEFORE)
     return dataclasses.replace(
@@ -386,6 +390,29 @@ def test_predicted_labels_are_told_whatever_was_done(unknown, status):
     assert told == f"{report.summary()} The clean images had no labels: the model's own answers stood in for them."
 
 
+def test_what_must_be_known_to_read_a_verdict_is_told(clean):
+    few = dataclasses.replace(clean.audit, num_classes=2, steps=30, complete=False, labels="predicted")
+    report = Report.of(dataclasses.replace(clean, audit=few), None, samples_per_class=10, seed=7)
+    assert report.summary().startswith("Verdict: clean (score 0.70, above 1 is suspicious). No class stands out among")
+    for told in ("With no more than 2 classes", "in 30 steps", "Time was over"):
+        assert any(caveat.startswith(told) or told in caveat for caveat in report.caveats)
+        assert told in report.summary()
+    read = report.to_dict()
+    assert (read["score"], read["caveats"]) == (0.7, list(report.caveats))
+    assert len(report.caveats) == 3  # labels are told apart
+    assert Report.of(clean, None, samples_per_class=10, seed=7).caveats == ()
+
+
+@pytest.mark.parametrize("asr", [0.1, 0.101, 0.95])
+def test_a_backdoor_that_is_left_is_told(result, unknown, asr):
+    after = dataclasses.replace(AFTER, asr=asr)
+    known = Report.of(result, PatchTrigger(target=3), samples_per_class=10, seed=7, test=(BEFORE, after))
+    held = (HELD_BEFORE, dataclasses.replace(HELD_AFTER, asr=asr))
+    estimated = Report.of(dataclasses.replace(unknown, held=held), None, samples_per_class=10, seed=7)
+    assert (f"The trigger still works on {asr:.0%} of the test images" in known.summary()) is (asr > 0.1)
+    assert (f"The estimated trigger still works on {asr:.0%} of the clean images" in estimated.summary()) is (asr > 0.1)
+
+
 def test_a_clean_verdict_that_was_passed_over(clean):
     report = Report.of(dataclasses.replace(clean, status="repaired"), None, samples_per_class=10, seed=7)
     assert report.summary().startswith(
@@ -403,7 +430,9 @@ def test_unknown_rates_as_markdown(unknown):
         "| ASR of the estimated trigger ↓ | 0.950 | 0.150 |",
         "| DER ↑ | | unknown |",
         "",
-        "Verdict: backdoored, target 3. GradPrune pruned 3 of 5 filters and turned 1 down by more than half in 1.3 s.",
+        "Verdict: backdoored, target 3. GradPrune pruned 3 of 5 filters and turned 1 down by more than half in 1.3 s. "
+        "The estimated trigger still works on 15% of the clean images: more clean images per class may help, or "
+        "another method, which `lightning-unlearn compare` finds.",
     ]
 
 
@@ -411,7 +440,8 @@ def test_unknown_rates_in_one_line(unknown):
     assert Report.of(unknown, None, samples_per_class=10, seed=7).headline() == (
         "ACC ↑ 0.900 → 0.800, ASR ↓ unknown → unknown, RA ↑ unknown → unknown, ASR of the estimated trigger ↓ 0.950 → "
         "0.150 (validation data). Verdict: backdoored, target 3. GradPrune pruned 3 of 5 filters and turned 1 down by "
-        "more than half in 1.3 s."
+        "more than half in 1.3 s. The estimated trigger still works on 15% of the clean images: more clean images "
+        "per class may help, or another method, which `lightning-unlearn compare` finds."
     )
 
 

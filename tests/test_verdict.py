@@ -120,6 +120,11 @@ def test_the_notes_tell_where_there_is_little_to_compare_with(classes):
     assert ("there is little to compare one with" in an_audit(num_classes=classes).notes()) == (classes < 5)
 
 
+@pytest.mark.parametrize("steps", [30, 99, 100, 300])
+def test_the_notes_tell_of_fewer_steps_than_limits_were_chosen_with(steps):
+    assert (f"estimated in {steps} steps" in an_audit(steps=steps).notes()) == (steps < 100)
+
+
 def test_as_markdown():
     assert str(an_audit()).splitlines() == [
         "| class | score ↓ | additive | covering | displacing | margin | last layer |",

@@ -59,14 +59,14 @@ class ReconstructiveNeuronPruning(RepairMethod):
 
     Example:
         >>> from lightning_unlearn.methods.reconstructive_pruning import ReconstructiveNeuronPruning
-        >>> ReconstructiveNeuronPruning(unlearn_rate=0.01, batch_size=32).name
+        >>> ReconstructiveNeuronPruning(unlearn_rate=0.02, batch_size=32).name
         'ReconstructiveNeuronPruning'
     """
 
     def __init__(
         self,
         *,
-        unlearn_rate: float = 1e-3,
+        unlearn_rate: float = 1e-2,
         unlearn_epochs: int = 20,
         forgotten: float = 0.2,
         recover_rate: float = 0.2,
