@@ -18,7 +18,7 @@ from lightning_unlearn.draw import Draw
 from lightning_unlearn.estimation import Estimation, Progress, TimeOverError
 from lightning_unlearn.evaluation import first_logits, logits_of, refuse_probabilities
 from lightning_unlearn.head import head_of, prominence
-from lightning_unlearn.intact import intact
+from lightning_unlearn.intact import intact, put_back
 from lightning_unlearn.judgement import CALIBRATED_STEPS, COMPARED, WIDEST, Usual, judged
 from lightning_unlearn.margins import Margins, largest_margins
 from lightning_unlearn.triggers import AdditiveTrigger, Normalization
@@ -80,7 +80,7 @@ def audit(
     def forward(images: Tensor) -> Tensor:
         return logits_of(model, images.to(first.dtype))
 
-    with intact(model):
+    with intact(model) as original:
         draw = Draw.of(
             dataset,
             lambda images: first_logits(model, images.to(first.device, first.dtype)),
@@ -101,6 +101,7 @@ def audit(
             model=model,
             on_progress=on_progress,
         )
+        put_back(model, original)  # some models write into buffers whenever they answer
     return replace(found, labels=draw.labels)
 
 

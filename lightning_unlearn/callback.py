@@ -162,7 +162,7 @@ class BackdoorUnlearning(Lifecycle):
             method=self.method,
         )
         training = CombinedLoader(trainer.train_dataloader).flattened  # there may be several
-        return rehearsal.run(lambda: self.clean_images(module), training)
+        return rehearsal.run(lambda: self.clean_images(module, skip_missing=self.trigger is None), training)
 
     @override
     def unlearn(self, trainer: Trainer, module: LightningModule) -> Report:
@@ -189,7 +189,7 @@ class BackdoorUnlearning(Lifecycle):
             ...         self.report = self.unlearning.unlearn(trainer, pl_module)
         """
         refuse_strategy(trainer)
-        with self._session(trainer, module) as session:
+        with self._session(trainer, module, skip_missing=self.trigger is None) as session:
             result, report = session.repair(self.plan(), evaluation_trigger=self.evaluation_trigger, held=self._held)
         self._mask, self._held = result.mask.state_dict(), result.mask
         self.found = None if result.status == "clean" else result.audit
@@ -215,9 +215,9 @@ class BackdoorUnlearning(Lifecycle):
     @contextmanager
     def _session(self, trainer: Trainer, module: LightningModule, *, skip_missing: bool = False) -> Iterator[Session]:
         # Inside, images are loaded, too: outside they might be inference tensors, and draw what others were to draw.
-        with intact(module), termination(trainer, Processes.current(module.device)) as obey:
+        with intact(module) as original, termination(trainer, Processes.current(module.device)) as obey:
             clean = self.clean_images(module, trainer, skip_missing=skip_missing)
-            yield Session(trainer, module, clean, lambda images: self.logits(module, images), obey)
+            yield Session(trainer, module, clean, lambda images: self.logits(module, images), obey, original)
 
     def clean_images(
         self, module: LightningModule, trainer: Trainer | None = None, *, skip_missing: bool = False

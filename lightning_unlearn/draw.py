@@ -18,7 +18,7 @@ from lightning_unlearn.evaluation import first_logits
 from lightning_unlearn.intact import intact
 from lightning_unlearn.triggers import Normalization, find_normalization
 
-__all__ = ["Draw", "ImagesAndLabels", "Split", "predicted", "refuse_missing_classes"]
+__all__ = ["Draw", "ImagesAndLabels", "Split", "missing_classes", "predicted", "refuse_missing_classes"]
 
 ImagesAndLabels = tuple[Tensor, Tensor]
 
@@ -131,19 +131,27 @@ def predicted(model: nn.Module, images: Tensor) -> Tensor:
         return first_logits(model, images.to(first.device, first.dtype))
 
 
-def refuse_missing_classes(*parts: Tensor, num_classes: int) -> None:
+def refuse_missing_classes(*parts: Tensor, num_classes: int, verdict: str = "") -> None:
     """Refuse a draw that lacks a class: without images of it, a method could ruin it unseen.
 
     Args:
         parts: (N,) labels of the scoring and of the validation part.
         num_classes: how many logits the model gives.
+        verdict: that of an audit which found something to repair.
 
     Raises:
         ValueError: naming the classes of which a part has no image.
     """
-    missing = [c for c in range(num_classes) if not all((labels == c).any() for labels in parts)]
+    missing = missing_classes(*parts, num_classes=num_classes)
     if missing:
+        found = f"the audit's verdict is {verdict}, and a repair needs images of every class; " if verdict else ""
         raise ValueError(
-            f"dataset: the model gives {num_classes} logits, but of class {', '.join(map(str, missing[:5]))} there is "
-            "no clean image to score or none to validate; give at least 2 images of each class."
+            f"dataset: {found}the model gives {num_classes} logits, but of class {', '.join(map(str, missing[:5]))} "
+            "there is no clean image to score or none to validate; give at least 2 images of each class, where there "
+            "are no labels 2 that the model takes for it."
         )
+
+
+def missing_classes(*parts: Tensor, num_classes: int) -> list[int]:
+    """The classes of which a part, (N,) labels, has no image."""
+    return [c for c in range(num_classes) if not all((labels == c).any() for labels in parts)]

@@ -57,6 +57,11 @@ def logits_of(forward: Callable[[Tensor], object], images: Tensor) -> Tensor:
             f"({type(error).__name__}: {error}); if it takes something else, override the callback's `logits`, or wrap "
             "the model, so that images go in and one tensor of class logits comes back."
         ) from error
+    if isinstance(logits, Tensor) and logits.shape in {(len(images),), (len(images), 1)}:
+        raise ValueError(
+            "model: expected a logit for each class, two at least, but it gives one number an image; if that is the "
+            "logit z of a yes or no, let the callback's `logits`, or a wrapper, give both, (0, z)."
+        )
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(

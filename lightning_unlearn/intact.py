@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["as_written", "intact"]
+__all__ = ["as_written", "intact", "put_back"]
 
 
 @contextmanager
@@ -110,6 +110,14 @@ def _exact(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 @torch.no_grad()
+def put_back(model: nn.Module, original: Mapping[str, Tensor]) -> None:
+    """Write into a model's parameters and buffers what they held, as :func:`intact` yields it."""
+    for named in (model.named_parameters(), model.named_buffers()):
+        for name, tensor in named:
+            _write(tensor, original[name])
+
+
+@torch.no_grad()
 def _put_back(
     places: Sequence[tuple[MutableMapping[str, Any], str, Tensor | None]], copies: Mapping[Tensor, Tensor]
 ) -> None:
@@ -118,10 +126,14 @@ def _put_back(
             if table.get(name) is not tensor:  # a forward pass may put a new buffer in an old one's place
                 table[name] = tensor
         for tensor, value in copies.items():
-            if tensor.layout is torch.strided:
-                for dim, stride in enumerate(tensor.stride()):
-                    if stride == 0:  # `expand` was called: these numbers are one, which can be written only as one
-                        tensor, value = tensor.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
-            tensor.copy_(value)
+            _write(tensor, value)
     except KeyboardInterrupt:  # a second Ctrl-C would leave half of them
         _put_back(places, copies)
+
+
+def _write(tensor: Tensor, value: Tensor) -> None:
+    if tensor.layout is torch.strided:
+        for dim, stride in enumerate(tensor.stride()):
+            if stride == 0:  # `expand` was called: these numbers are one, which can be written only as one
+                tensor, value = tensor.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+    tensor.copy_(value)

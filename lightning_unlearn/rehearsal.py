@@ -6,17 +6,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]  # public, but re-exported implicitly
+    rank_zero_warn,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_unlearn.data.clean import CleanImages, as_taken
 from lightning_unlearn.data.drawn import images_of
 from lightning_unlearn.data.pairs import Pairs
+from lightning_unlearn.draw import missing_classes, refuse_missing_classes
 from lightning_unlearn.evaluation import first_logits, refuse_probabilities
 from lightning_unlearn.filters import FilterLayer, find_filters
 from lightning_unlearn.intact import intact
 from lightning_unlearn.methods import RepairMethod, Subject
-from lightning_unlearn.repair import refuse_missing_classes
 from lightning_unlearn.triggers import Normalization, Trigger
 from lightning_unlearn.triggers.normalization import in_pixels
 
@@ -75,7 +78,7 @@ class Rehearsal:
         trigger = None if self.trigger is None else clean.fit_trigger(self.trigger)
         for part in parts:
             Pairs.stamp(*part, trigger, num_classes=num_classes)
-        refuse_missing_classes(*(labels for _, labels in parts), num_classes=num_classes)
+        self._refuse_missing(*(labels for _, labels in parts), num_classes=num_classes)
         test = clean.first_test()
         if test is not None:
             try:
@@ -83,6 +86,16 @@ class Rehearsal:
             except (RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(f"clean_data: its test images do not fit. {error}") from error
         return layers
+
+    def _refuse_missing(self, *parts: Tensor, num_classes: int) -> None:
+        missing = missing_classes(*parts, num_classes=num_classes)
+        if not self.estimates or not missing:
+            refuse_missing_classes(*parts, num_classes=num_classes)
+            return
+        rank_zero_warn(
+            f"clean_data: of class {', '.join(map(str, missing[:5]))} there is no clean image to score or none to "
+            "validate: the model will be audited from the others' images, but not repaired if it is found to need that."
+        )
 
     def _refuse_unknown_range(self, images: Tensor, normalization: Normalization | None) -> None:
         if self.estimates:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.draw import Draw, ImagesAndLabels, Split, predicted, refuse_missing_classes
 from lightning_unlearn.evaluation import evaluate, first_logits, logits_of, refuse_probabilities
 from lightning_unlearn.filters import FilterMask, find_filters
-from lightning_unlearn.intact import intact
+from lightning_unlearn.intact import intact, put_back
 from lightning_unlearn.memory import tries_smaller_batches
 from lightning_unlearn.methods import Alternation, MaskPrune, RepairMethod, RepairTask, Round, Stopwatch, Subject
 from lightning_unlearn.plan import RepairPlan
@@ -25,7 +26,7 @@ from lightning_unlearn.settling import Settling
 from lightning_unlearn.triggers import Normalization, Trigger
 from lightning_unlearn.verdict import Audit
 
-__all__ = ["ImagesAndLabels", "Split", "refuse_missing_classes", "repair", "repair_split"]
+__all__ = ["ImagesAndLabels", "Split", "repair", "repair_split"]
 
 _KINDS = ("estimate", "score", "evaluate", "finetune", "total")
 
@@ -56,7 +57,8 @@ def repair(
     Args:
         model: a classifier whose forward takes (N, C, H, W) images and returns (N, classes) logits.
         dataset: a map-style dataset of clean images, as the model takes them, with true labels; where there are
-            none, the model's own answers stand in for them.
+            none, the model's own answers stand in for them. Where no trigger is given, classes may be missing from it,
+            as long as the model looks clean.
         trigger: the trigger to unlearn, or None if nobody knows it: then the model is audited first, left alone if it
             looks clean, and else repaired against estimated triggers by ``method`` in an :class:`Alternation`. If it
             was told no normalisation and the dataset's transforms hold a torchvision ``Normalize``, that one is used.
@@ -112,6 +114,7 @@ def repair(
         share=share,
         validation_share=validation_share,
         seed=seed,
+        skip_missing=trigger is None,  # an audit can do without images of a class
     )
     normalization = draw.normalization
     if trigger is not None and trigger.normalization is None and normalization is not None:
@@ -171,7 +174,11 @@ def repair_split(
         if not logits.isfinite().all():
             raise ValueError("model: its logits hold NaN or infinity; check the weights and the range of the images.")
         refuse_probabilities(logits)
-        refuse_missing_classes(split.scoring[1], split.validation[1], num_classes=logits.shape[1])
+        refuse_missing = partial(
+            refuse_missing_classes, split.scoring[1], split.validation[1], num_classes=logits.shape[1]
+        )
+        if trigger is not None:
+            refuse_missing()
         if method is not None:
             method.refuse_misfit(Subject(model, forward, layers, probe))
         # Copies, because no gradient can pass tensors that were loaded inside `torch.inference_mode`.
@@ -182,6 +189,8 @@ def repair_split(
                 audit = processes.outcome_of_first(
                     lambda: _audit(auditor, forward, model, parts, normalization, on_progress)
                 )
+            if audit.verdict != "clean" or plan.force:
+                refuse_missing(verdict=audit.verdict)
             trigger = audit.trigger.to(first.device)
             trigger = trigger if normalization is None else trigger.normalized(normalization)
             if method is None or (method.needs_trigger and not isinstance(method, Alternation)):
@@ -225,12 +234,14 @@ def repair_split(
             if held_after.asr > asr_before:
                 held_after = held_before
                 task.mask.undo(task.mask.steps)
-                _restore(model, original)
+                put_back(model, original)
                 task.mask.hold()
             status = "not improved" if _is_as_before(model, original) else "repaired"
             if status == "repaired":
                 settle()
         after = task.validate()
+        if status != "repaired":
+            put_back(model, original)  # some models write into buffers whenever they answer
     return RepairResult(
         method=method.name,
         status=status,
@@ -287,12 +298,6 @@ def _answers(
     answers[share] = torch.cat([answers[:0], *parts])
     processes.sum([answers])  # to the zeros of the other processes
     return answers
-
-
-@torch.no_grad()
-def _restore(model: nn.Module, original: Mapping[str, Tensor]) -> None:
-    for name, tensor in _tensors(model):
-        tensor.copy_(original[name])
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,7 +17,7 @@ from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.draw import ImagesAndLabels, Split
 from lightning_unlearn.evaluation import Evaluation, evaluate, first_logits
 from lightning_unlearn.filters import FilterMask
-from lightning_unlearn.intact import intact
+from lightning_unlearn.intact import intact, put_back
 from lightning_unlearn.logs import log_pictures, log_report, log_round
 from lightning_unlearn.methods import Round
 from lightning_unlearn.plan import RepairPlan
@@ -42,6 +42,7 @@ class Session:
         clean: the clean images that the defender holds.
         logits: (N, C, H, W) images to (N, classes) logits, through the module.
         obey: a joint act of all processes, which ends them if any has received SIGTERM.
+        original: the module's parameters and buffers as they were, which it has again unless it is repaired.
     """
 
     trainer: Trainer
@@ -49,6 +50,7 @@ class Session:
     clean: CleanImages
     logits: Callable[[Tensor], Tensor]
     obey: Callable[[], None]
+    original: Mapping[str, Tensor]
 
     def audit(self, auditor: Auditor) -> Audit:
         """Audit the module; it is left as it is."""
@@ -67,6 +69,7 @@ class Session:
                 on_progress=show,
             )
             found = Processes.current(self.module.device).outcome_of_first(examine)
+        put_back(self.module, self.original)  # some models write into buffers whenever they answer
         found = replace(found, labels=clean.labels)
         trigger = found.trigger if clean.normalization is None else found.trigger.normalized(clean.normalization)
         self._log_pictures((images, labels), trigger.to(images.device), found.num_classes, "estimated_trigger")
@@ -129,6 +132,8 @@ class Session:
             self._log_pictures(split.scoring, result.trigger, num_classes, "estimated_trigger")
         processes.align(module)
         after = self._measured(real, apart, num_classes, processes)
+        if result.status != "repaired":
+            put_back(module, self.original)
         both = None if before is None or after is None else (before, after)
         report = Report.of(
             result,

@@ -199,7 +199,19 @@ def test_the_images_that_there_are_will_do(folder, data, unseen):
 
 def test_a_repair_needs_images_of_each_class(folder, monkeypatch):
     left = code(monkeypatch, f"--unlearning.clean_data={__name__}.SomeImages", command="repair")
-    assert left.startswith("lightning-unlearn: class 1 has no images in the dataset, but 4 are needed")
+    assert left.startswith(
+        "lightning-unlearn: dataset: the audit's verdict is backdoored, and a repair needs images of "
+    )
+    assert "of class 1 there is no clean image" in left
+    assert files(folder) == ["audit.yaml", "backdoored.ckpt", "clean.ckpt"]
+
+
+def test_a_clean_model_needs_no_images_of_each_class(folder, monkeypatch):
+    left = code(monkeypatch, f"--unlearning.clean_data={__name__}.SomeImages", command="repair", ckpt="clean.ckpt")
+    assert left == 0
+    report = json.loads((folder / "report.json").read_text())
+    assert report["status"] == "clean"
+    assert "There was no clean image of class 1." in report["caveats"]
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_images_alone_of_a_datamodule_are_drawn_by_the_trained_model(setting):
 def test_images_alone_are_tried_before_training(setting):
     class Narrow(BackdoorUnlearning):
         def logits(self, module, images):
-            return module(images)[:, :1]
+            return module(images)[:, :, None]
 
     counts = Counts()
     callback = Narrow(TensorDataset(setting.victim.clean.tensors[0][30:]), **UNKNOWN)

@@ -152,10 +152,8 @@ def test_no_batch():
 @pytest.mark.parametrize(
     ("output", "got"),
     [
-        (torch.zeros(3), r"\(3,\)"),
         (torch.zeros(3, 4, 1), r"\(3, 4, 1\)"),
         (torch.zeros(2, 4), r"\(2, 4\)"),
-        (torch.zeros(3, 1), r"\(3, 1\)"),
         (torch.zeros(3, 0), r"\(3, 0\)"),
         (torch.tensor(1.0), r"\(\)"),
         ((torch.zeros(3, 4), torch.zeros(3, 4)), "tuple"),
@@ -166,6 +164,12 @@ def test_no_batch():
 def test_outputs_that_are_not_logits(output, got):
     with pytest.raises(ValueError, match=rf"model: expected logits of shape \(3, classes\).*but got {got}.*`logits`"):
         logits_of(lambda images: output, torch.zeros(3, 1, 4, 4))
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_one_number_an_image_is_no_logits(shape):
+    with pytest.raises(ValueError, match=r"^model: expected a logit for each class.* one number an image.* \(0, z\)"):
+        logits_of(lambda images: torch.zeros(shape), torch.zeros(3, 1, 4, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])

@@ -221,3 +221,11 @@ def test_a_computed_weight_that_is_kept_is_no_plain_one(rehearse, images):
     net = nn.Sequential(Cached(1, 3, 4), nn.Flatten())
     with pytest.raises(ValueError, match=r"^model: 1 convolution runs with a weight that the forward pass computes"):
         rehearse(TensorDataset(images, LABELS), net=net)
+
+
+def test_a_class_without_images_is_warned_of_where_a_model_is_audited_first(rehearse, images):
+    seen = TensorDataset(images[LABELS != 2], LABELS[LABELS != 2])
+    with pytest.warns(UserWarning, match=r"^clean_data: of class 2 there is no clean image .* audited .* not repaired"):
+        assert [layer.name for layer in rehearse(seen, known=False)] == ["net.0"]
+    with pytest.raises(ValueError, match=r"^dataset: the model gives 3 logits, but of class 2 there is no clean image"):
+        rehearse(seen)

@@ -20,6 +20,7 @@ from lightning_unlearn.methods import (
     MaskPrune,
     RepairMethod,
 )
+from lightning_unlearn.triggers import PatchTrigger
 
 FAST = Auditor(steps=25)
 QUICK = GradPrune(max_rounds=1, finetune=False)
@@ -55,6 +56,58 @@ def test_a_method_that_does_not_fit_is_refused_before_the_audit(hand_victim, mon
     monkeypatch.setattr(audits.Auditor, "audit", lambda *args, **kwargs: pytest.fail("audited"))
     with pytest.raises(ValueError, match=r"^model: ChannelLipschitzPruning needs"):
         repair(hand_victim.net, hand_victim.clean, method=ChannelLipschitzPruning(), samples_per_class=4)
+
+
+# Classes without images
+
+
+def without_class_1(clean):
+    images, labels = clean.tensors
+    return TensorDataset(images[labels != 1], labels[labels != 1])
+
+
+@pytest.mark.parametrize(("score", "force"), [(1.05, False), (2.0, False), (0.5, True)])
+def test_a_repair_needs_images_of_every_class(hand_victim, verdict, left_alone, score, force):
+    verdict(score)
+    found = {0.5: "clean", 1.05: "suspicious", 2.0: "backdoored"}[score]
+    match = rf"^dataset: the audit's verdict is {found}, and a repair needs .* of class 1 there is no clean image"
+    with left_alone(hand_victim.net), pytest.raises(ValueError, match=match):
+        repair(hand_victim.net, without_class_1(hand_victim.clean), auditor=FAST, samples_per_class=4, force=force)
+
+
+def test_an_audit_does_not(hand_victim, verdict, left_alone):
+    verdict(0.5)
+    with left_alone(hand_victim.net):
+        done = repair(hand_victim.net, without_class_1(hand_victim.clean), auditor=FAST, samples_per_class=4)
+    assert (done.status, done.audit.unseen) == ("clean", (1,))
+
+
+# What answers leave behind
+
+
+class Counted(torch.nn.Module):
+    """Counts in a buffer how often it was asked, in eval mode, too."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.register_buffer("asked", torch.zeros(()))
+
+    def forward(self, x):
+        self.asked += 1
+        return self.net(x)
+
+
+@pytest.mark.parametrize("trigger", [None, PatchTrigger(size=1, target=2)])
+def test_a_model_that_is_left_alone_is_as_it_was_to_the_last_buffer(hand_victim, verdict, trigger):
+    verdict(0.5)
+    net = Counted(hand_victim.net)
+    before = state(net)
+    done = repair(net, hand_victim.clean, trigger=trigger, auditor=FAST, samples_per_class=4, min_asr=1.0)
+    assert done.status == ("clean" if trigger is None else "not backdoored")
+    assert same(before, state(net))
+    audits.audit(net, hand_victim.clean, auditor=FAST, samples_per_class=4)
+    assert same(before, state(net))
 
 
 class Spy(RepairMethod):
