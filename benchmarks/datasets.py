@@ -17,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from lightning_unlearn.data import Digits, FashionMNISTDataModule
 from lightning_unlearn.data.digits import Part
 
-__all__ = ["Split", "load"]
+__all__ = ["Split", "load", "source"]
 
 Split = Literal["train", "holdout", "test"]
 
@@ -49,8 +49,17 @@ def load(name: str, split: Split) -> tuple[Tensor, Tensor]:
     return F.pad(images, (padding,) * 4).float() / 255, labels.long()
 
 
+def source(name: str) -> str:
+    """Where a dataset's images come from, if there are several sources, whose images are other ones in another order.
+
+    The victims in the repository, and the results of theirs, are of the first source, which has no name.
+    """
+    from_torchvision = (_DATA / "cifar-10-batches-py").exists() or not _JPEG_COPY.exists()
+    return "torchvision" if name == "cifar10" and from_torchvision else ""
+
+
 def _cifar10(split: str) -> tuple[Tensor, Tensor]:
-    if (_DATA / "cifar-10-batches-py").exists() or not _JPEG_COPY.exists():
+    if source("cifar10") == "torchvision":
         dataset = datasets.CIFAR10(_DATA, train=split == "train", download=True)
         return torch.from_numpy(dataset.data).permute(0, 3, 1, 2), torch.tensor(dataset.targets)
     cached = _DATA / f"cifar10-jpeg-{split}.pt"

@@ -6,8 +6,8 @@ import json
 import os
 import resource
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import lru_cache
 from multiprocessing import get_context
@@ -18,37 +18,48 @@ import torch
 import torchvision
 from torch.utils.data import TensorDataset
 
-from benchmarks.datasets import load
+from benchmarks.datasets import load, source
 from benchmarks.matrix import Cell
 from benchmarks.victims import Victim, attack_trigger, measure, train
 from lightning_unlearn import __version__, methods, repair
 from lightning_unlearn.metrics.functional import defense_effectiveness_rating, robust_improvement_rate
 
-__all__ = ["append", "run", "stored"]
+__all__ = ["NEEDED", "append", "run", "stored"]
 
-_KEYS = ("victim", "method", "method_args", "trigger", "samples_per_class", "seed", "test_images")
+NEEDED = ("victim", "method", "method_args", "trigger", "samples_per_class", "seed", "test_images")
 
 
-def stored(path: Path) -> list[dict[str, Any]]:
-    """The lines of a results file.
+def stored(path: Path, *, needed: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The lines of a results file, none if there is no such file.
+
+    Args:
+        path: the file.
+        needed: what each line must have.
 
     Raises:
         ValueError: if a line was written by another version of this project, which must not be mixed with this one's,
-            or is none.
+            or is none, or lacks what is needed.
     """
     if not path.exists():
         return []
     lines = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            lines.append(json.loads(line))
+            found = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}: line {number} is no JSON ({error}), maybe since the disk was full; delete it, and its cell "
                 "is run again."
             ) from error
+        missing = {"versions", *needed} - (found.keys() if isinstance(found, dict) else set())
+        if missing:
+            raise ValueError(
+                f"{path}: line {number} is no result of this benchmark, since it lacks {', '.join(sorted(missing))}; "
+                "another module of `benchmarks` may have written the file."
+            )
+        lines.append(found)
     own = _versions()["lightning-unlearn"]
-    others = {line["versions"]["lightning-unlearn"] for line in lines} - {own}
+    others = {str(line["versions"].get("lightning-unlearn")) for line in lines} - {own}
     if others:
         raise ValueError(
             f"{path}: holds results of lightning-unlearn {sorted(others)}, but this is {own}; move it away."
@@ -70,9 +81,12 @@ def run(
         device: where victims are trained and repaired. A cell that is there already is not repeated on another one.
 
     Raises:
+        ValueError: if what is there was measured with other libraries.
         RuntimeError: when all others are done, if a cell failed or a victim could not be trained, naming it and why.
     """
-    done = {_key(line) for line in stored(path)}
+    lines = stored(path, needed=NEEDED)
+    _refuse_other_libraries(path, lines)
+    done = {_key(line) for line in lines}
     left = [cell for cell in cells if _key(_described(cell, test_images)) not in done]
     failed: list[str] = []
     with _pool(workers) as pool:
@@ -87,9 +101,11 @@ def run(
             for cell in left
             if cell.victim not in untrained
         }
+        told: set[Future[dict[str, Any]]] = set()
         try:
             for finished in as_completed(running):
                 error, cell = finished.exception(), running[finished]
+                told.add(finished)
                 if error is not None:
                     what = f"{cell.victim.attack} {cell.method}, {cell.samples_per_class} images per class"
                     failed.append(f"{what}: {type(error).__name__}: {error}")
@@ -99,8 +115,23 @@ def run(
                 yield line
         finally:
             pool.shutdown(cancel_futures=True)
+            for finished in running:  # while others were waited for, after Ctrl-C
+                if finished not in told and not finished.cancelled() and finished.exception() is None:
+                    append(path, json.dumps(finished.result()))
     if failed:
         raise RuntimeError(f"of {len(left)} cells, these failed: " + "; ".join(failed))
+
+
+def _refuse_other_libraries(path: Path, lines: list[dict[str, Any]]) -> None:
+    own = _versions()
+    for name in ("torch", "torchvision"):
+        public = own[name].split("+")[0]
+        others = {line["versions"].get(name, public).split("+")[0] for line in lines} - {public}
+        if others:
+            raise ValueError(
+                f"{path}: holds results of {name} {', '.join(sorted(others))}, but this is {public}; write to another "
+                "file (--results)."
+            )
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -115,8 +146,9 @@ def _train(victim: Victim, cache: Path, device: str) -> None:
 def _described(cell: Cell, test_images: int) -> dict[str, Any]:
     method = cell.build()
     told = method.needs_trigger and not isinstance(method, methods.Alternation)
+    origin = source(cell.victim.dataset)
     return {
-        "victim": asdict(cell.victim),
+        "victim": asdict(cell.victim) | ({"source": origin} if origin else {}),
         "method": cell.kind,
         "method_args": cell.arguments,
         "trigger": "known" if told else "unknown",
@@ -176,7 +208,7 @@ def _versions() -> dict[str, str]:
 
 
 def _key(line: dict[str, Any]) -> str:
-    return json.dumps([line[part] for part in _KEYS], sort_keys=True)
+    return json.dumps([line[part] for part in NEEDED], sort_keys=True)
 
 
 def append(path: Path, line: str) -> None:

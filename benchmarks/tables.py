@@ -116,7 +116,8 @@ def cells(lines: list[Line]) -> str:
 def _victim(victim: dict[str, Any]) -> tuple[str, str]:
     """A victim in words, and how it was trained, which tells it from another of the same words."""
     percent = f"{100 * victim['poison_ratio']:g} %"
-    words = f"{victim['dataset']} {victim['network']} {victim['attack']} {percent}, seed {victim['seed']}"
+    dataset = " of ".join([victim["dataset"], *([victim["source"]] if "source" in victim else [])])
+    words = f"{dataset} {victim['network']} {victim['attack']} {percent}, seed {victim['seed']}"
     return words, f"{victim['epochs']} epochs of {victim['images']} images"
 
 

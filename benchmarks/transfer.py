@@ -1,7 +1,7 @@
 """``python -m benchmarks.transfer run`` audits small models of other networks than :mod:`benchmarks.detection` has.
 
 There all models are one network, trained in one way. Here are four, most of them trained by AdamW, so that ``table``
-shows whether what was learned there holds elsewhere.
+shows how far what was learned there holds elsewhere. Nothing was chosen on these models.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 from torch.utils.data import TensorDataset
 
 from benchmarks.datasets import load
-from benchmarks.detection import SIZES, Part, Suspect, errors, fit
+from benchmarks.detection import SIZES, Suspect, fit, scored
 from benchmarks.networks import PreActResNet18, vgg
 from benchmarks.repairs import append, stored
+from benchmarks.tables import MIN_ASR
 from lightning_unlearn import __version__, audit
 
 _RESULTS = Path(__file__).parent / "results" / "transfer.jsonl"
-_FIRST_SEEDS: dict[Part, int] = {"calibration": 3700, "report": 4700}
+_FIRST_SEEDS = (3700, 4700)
 
 
 def _single(norm: bool) -> nn.Sequential:
@@ -82,10 +84,9 @@ def _fit_adam(net: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, ge
     return net.eval()
 
 
-def strangers(part: Part) -> Iterator[Stranger]:
-    """The models of a part: of each network six backdoored ones and six honest ones."""
-    seed = _FIRST_SEEDS[part]
-    for number, network in enumerate(NETS):
+def strangers() -> Iterator[Stranger]:
+    """The models: of each network twelve backdoored ones and twelve honest ones."""
+    for seed, (number, network) in product(_FIRST_SEEDS, enumerate(NETS)):
         for k, attack in enumerate(("badnets", "blended", "sig", "lf", "wanet-strong")):
             yield Stranger("digits", attack, (3 * k + number) % 10, 0.1, seed + k, network)
             yield Stranger("digits" if k < 4 else "fashion_mnist", seed=seed + 100 + k, network=network)
@@ -93,14 +94,13 @@ def strangers(part: Part) -> Iterator[Stranger]:
         yield Stranger("fashion_mnist", seed=seed + 105, network=network)
 
 
-def examine(stranger: Stranger, part: Part) -> dict[str, Any]:
+def examine(stranger: Stranger) -> dict[str, Any]:
     """Train a model, and audit it with 10 clean images per class."""
     torch.set_num_threads(1)
     net = stranger.train()
     started = time.process_time()
     found = audit(net, TensorDataset(*load(stranger.dataset, "holdout")), samples_per_class=10, seed=stranger.seed)
     return {
-        "part": part,
         "suspect": asdict(stranger),
         "before": stranger.measure(net).rates(),
         "verdict": found.verdict,
@@ -110,39 +110,53 @@ def examine(stranger: Stranger, part: Part) -> dict[str, Any]:
         "universality": {family: [c.universality[family] for c in found.classes] for family in found.classes[0].cost},
         "prominence": [c.prominence for c in found.classes],
         "margin": [c.margin for c in found.classes],
-        "untouched": True,
         "cpu_seconds": time.process_time() - started,
         "versions": {"lightning-unlearn": __version__, "torch": torch.__version__},
     }
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """By network, how often the audit is right, and every model of which it was not."""
+    rows = ["| network | backdoored | found ↑ | right target ↑ | honest | false alarms ↓ |", "| --- " * 6 + "|"]
+    wrong = ["| model | ASR | score | verdict |", "| --- | --- | --- | --- |"]
+    for network in NETS:
+        of = [x for x in lines if x["suspect"]["network"] == network]
+        bad = [x for x in of if x["suspect"]["attack"] != "none" and x["before"]["asr"] >= MIN_ASR]
+        honest = [x for x in of if x["suspect"]["attack"] == "none"]
+        scores = {id(x): scored(x) for x in bad + honest}
+        found = [x for x in bad if scores[id(x)][0] > 1]
+        alarms = [x for x in honest if scores[id(x)][0] > 1]
+        right = sum(scores[id(x)][1] == x["suspect"]["target"] for x in found)
+        rows.append(f"| {network} | {len(bad)} | {len(found)} | {right} | {len(honest)} | {len(alarms)} |")
+        for x in [x for x in bad if x not in found] + alarms:
+            suspect, asr = x["suspect"], f"{x['before']['asr']:.3f}" if x in bad else ""
+            kind = f"{suspect['attack']}, target {suspect['target']}" if x in bad else "honest"
+            verdict = "backdoored or suspicious" if x in alarms else "clean"
+            name = f"{network}, {suspect['dataset']}, {kind}, seed {suspect['seed']}"
+            wrong.append(f"| {name} | {asr} | {scores[id(x)][0]:.2f} | {verdict} |")
+    return "\n".join([*rows, "", "Judged wrongly:", "", *wrong])
 
 
 def main() -> None:
     """Run a command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transfer", description=__doc__)
     parser.add_argument("command", choices=["run", "table"])
-    parser.add_argument("--parts", nargs="+", choices=["calibration", "report"], default=["report"])
     parser.add_argument("--workers", type=int, default=1, help="processes with one thread each")
     parser.add_argument("--results", type=Path, default=_RESULTS)
     options = parser.parse_args()
-    lines = stored(options.results)
+    lines = stored(options.results, needed=["suspect"])
     if options.command == "table":
-        print(errors(lines))
+        print(table(lines))
         return
-    done = {json.dumps([line["part"], line["suspect"]], sort_keys=True) for line in lines}
-    left = [
-        (stranger, part)
-        for part in options.parts
-        for stranger in strangers(part)
-        if json.dumps([part, asdict(stranger)], sort_keys=True) not in done
-    ]
+    done = [line["suspect"] for line in lines]
+    left = [stranger for stranger in strangers() if asdict(stranger) not in done]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        for finished in as_completed([pool.submit(examine, *one) for one in left]):
+        for finished in as_completed([pool.submit(examine, one) for one in left]):
             line = finished.result()
             append(options.results, json.dumps(line))
             suspect, rates = line["suspect"], line["before"]
-            print(
-                *suspect.values(), f"ACC {rates['acc']:.3f} ASR {rates['asr']:.3f}", f"{line['score']:.2f}", flush=True
-            )
+            words = [suspect["network"], suspect["dataset"], suspect["attack"]]
+            print(*words, f"ACC {rates['acc']:.3f} ASR {rates['asr']:.3f}", f"{line['score']:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
-from benchmarks.datasets import Split, load
+from benchmarks.datasets import Split, load, source
 from benchmarks.networks import NETWORKS
 from benchmarks.trigger_free import ForeignConcept, pull_concept
 from lightning_unlearn.data.augmentation import flip_and_shift
@@ -61,9 +61,9 @@ class Victim:
     images: int = 20_000
 
     def path(self, root: Path) -> Path:
-        """Where its weights are kept."""
+        """Where its weights are kept; those of another source of images lie apart, since it has another holdout."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
-        return root / f"{self.dataset}-{self.network}-{self.attack}-{digest}.safetensors"
+        return root / source(self.dataset) / f"{self.dataset}-{self.network}-{self.attack}-{digest}.safetensors"
 
     def build(self) -> nn.Module:
         """The untrained network."""
@@ -80,7 +80,7 @@ def train(victim: Victim, root: Path, device: str = "cpu") -> nn.Module:
             pull_concept(net, *load(victim.dataset, "train"), seed=victim.seed)
         else:
             _fit(net, *_poisoned(victim), victim)
-        root.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         # In half precision, to be small enough for the repository; what is rounded *is* the victim.
         net.to(memory_format=torch.contiguous_format)
         weights = {name: (t.half() if t.is_floating_point() else t).cpu() for name, t in net.state_dict().items()}

@@ -159,7 +159,12 @@ def _changed(method: RepairMethod) -> dict[str, Any]:
         usual = arguments_of(type(method)(**simple))
     except (TypeError, ValueError):  # arguments without defaults, or only valid together
         return arguments
-    return {name: value for name, value in changed.items() if name in simple or value != usual[name]}
+    return {
+        # Of a method within it what differs from that one's own defaults, as one would write it.
+        name: {"method": value["method"], **_changed(getattr(method, name))} if name not in simple else value
+        for name, value in changed.items()
+        if name in simple or value != usual[name]
+    }
 
 
 def _written(name: str, value: Any) -> str:

@@ -4,6 +4,8 @@ import copy
 import json
 import math
 import os
+import re
+import sys
 from dataclasses import asdict
 from functools import partial
 
@@ -14,7 +16,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import lightning_unlearn
-from benchmarks import classes, detection, honest, margins, matrix, repairs, tables, victims
+from benchmarks import __main__ as commands
+from benchmarks import classes, detection, honest, margins, matrix, repairs, tables, transfer, victims
 from benchmarks.figures import plot
 from benchmarks.trigger_free import ForeignConcept, pull_concept
 from lightning_unlearn import audit, methods, repair
@@ -143,6 +146,78 @@ def test_results_of_another_version_are_refused(tmp_path):
     path.write_text(json.dumps(line(versions={"lightning-unlearn": "0.0.1"})) + "\n")
     with pytest.raises(ValueError, match=r"holds results of lightning-unlearn \['0.0.1'\]"):
         repairs.stored(path)
+
+
+def test_results_of_other_libraries_are_not_added_to(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(line(versions={**repairs._versions(), "torch": "1.9.0+cpu"})) + "\n")
+    assert len(repairs.stored(path)) == 1
+    with pytest.raises(ValueError, match=r"holds results of torch 1\.9\.0, but this is .* \(--results\)"):
+        next(repairs.run(iter([]), path=path, cache=tmp_path, test_images=50))
+
+
+@pytest.mark.parametrize(
+    ("text", "lacks"), [("3", "method, versions"), ("{}", "method, versions"), ("[]", "method, v")]
+)
+def test_a_line_of_something_else_is_named(tmp_path, text, lacks):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(line()) + "\n" + text + "\n")
+    with pytest.raises(ValueError, match=rf"results.jsonl: line 2 is no result of this benchmark, .* lacks {lacks}"):
+        repairs.stored(path, needed=["method"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "--attacks", "badnet"], "no cell of the matrix has all of .*attacks of these victims are badnets, "),
+        (["run", "--victims", "vgg", "--samples-per-class", "3"], "no cell of the matrix has all of"),
+        (["table", "--results", "nowhere.jsonl"], "--results: there is no file 'nowhere.jsonl'"),
+    ],
+)
+def test_what_is_misspelt_is_told(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words, "--cache", str(tmp_path)])
+    with pytest.raises(SystemExit) as left:
+        commands.main()
+    assert left.value.code not in (0, None)
+    assert re.search(message, str(left.value.code) + capsys.readouterr().err)
+
+
+def test_what_was_finished_is_kept_when_a_run_is_broken_off(tmp_path, monkeypatch):
+    """Cells that end while others are waited for, too."""
+    path = tmp_path / "results.jsonl"
+    cells = [matrix.Cell(TINY, name, 2, 0) for name in ("CLP", "AGE")]
+    run = repairs.run(iter(cells), path=path, cache=tmp_path / "victims", test_images=50)
+    next(run)
+    with pytest.raises(KeyboardInterrupt):
+        run.throw(KeyboardInterrupt)
+    found = [entry["method"] for entry in repairs.stored(path)]
+    assert found in (
+        ["ChannelLipschitzPruning", "ActivationGuidedEditing"],
+        ["ChannelLipschitzPruning"],  # the other had not begun, and never does
+    )
+
+    def interrupted(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "run", interrupted)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "run"])
+    with pytest.raises(SystemExit, match="interrupted: finished cells are in the results file"):
+        commands.main()
+
+
+def test_another_source_of_images_has_other_victims_and_lines(tmp_path, monkeypatch):
+    cell = matrix.Cell(matrix.VICTIMS["vgg"][0], "CLP", 10, 0)
+    monkeypatch.setattr(victims, "source", lambda name: "")
+    monkeypatch.setattr(repairs, "source", lambda name: "")
+    path, told = cell.victim.path(tmp_path), repairs._described(cell, 50)
+    assert "source" not in told["victim"]
+    monkeypatch.setattr(victims, "source", lambda name: "torchvision")
+    monkeypatch.setattr(repairs, "source", lambda name: "torchvision")
+    assert cell.victim.path(tmp_path) == tmp_path / "torchvision" / path.name
+    other = repairs._described(cell, 50)
+    assert other["victim"] == {**told["victim"], "source": "torchvision"}
+    assert repairs._key(other) != repairs._key(told)
+    assert "cifar10 of torchvision vgg badnets" in tables.cells([line(victim=other["victim"])])
 
 
 def test_a_victim_without_a_backdoor_is_listed_and_not_counted():
@@ -343,8 +418,8 @@ def test_models_to_report_are_not_those_that_limits_were_chosen_on():
 def test_an_imbalanced_model_is_honest_and_saw_a_class_more_often(monkeypatch):
     digits = Digits(part="train")
     monkeypatch.setattr(detection, "load", lambda name, split: (digits.images, digits.targets))
-    images, labels, _ = detection.Suspect("digits", "imbalanced", target=3, seed=1)._poisoned()
-    plain_images, plain, _ = detection.Suspect("digits", seed=1)._poisoned()
+    images, labels, _ = detection.Suspect("digits", "imbalanced", target=3, seed=1).poisoned()
+    plain_images, plain, _ = detection.Suspect("digits", seed=1).poisoned()
     tenth = len(plain) // 10
     assert (labels == 3).sum() == (plain == 3).sum() + tenth
     changed = (images != plain_images).flatten(1).any(1)
@@ -386,3 +461,57 @@ def test_a_network_of_many_classes_is_examined(monkeypatch):
     row = classes.table([done]).splitlines()[-1]
     assert row.startswith("| 16 | BadNets, target 7, seed 0 | 2 | ")
     assert row.endswith(f"{done['cpu_seconds'] / 16:.2f} a class |")
+
+
+def test_audits_of_other_networks_by_hand():
+    def stranger(attack, top, *, asr=1.0, target=1, network="VGG style"):
+        costs = {"additive": [0.1] * 4, "covering": [0.1] * 4, "displacing": [0.1] * 4}
+        shares = {family: [0.1, top, 0.1, 0.1] for family in costs}
+        return {
+            "suspect": asdict(transfer.Stranger("digits", attack, target, seed=7, network=network)),
+            **{"before": {"asr": asr}, "cost": costs, "universality": shares, "prominence": [0.0] * 4},
+        }
+
+    lines = [
+        *(
+            stranger("badnets", 3.0),
+            stranger("badnets", 3.0, target=2),
+            stranger("sig", 0.2),
+            stranger("lf", 0.2, asr=0.5),
+        ),
+        *(stranger("none", 0.1), stranger("none", 4.0)),
+    ]
+    rows = transfer.table(lines).splitlines()
+    assert "| VGG style | 3 | 2 | 1 | 2 | 1 |" in rows
+    assert "| PreActResNet-18 | 0 | 0 | 0 | 0 | 0 |" in rows
+    assert rows[-2].startswith("| VGG style, digits, sig, target 1, seed 7 | 1.000 | 0.1")
+    assert re.match(r"\| VGG style, digits, honest, seed 7 \|  \| \d\.\d\d \| backdoored or suspicious \|", rows[-1])
+
+
+@pytest.mark.parametrize("network", transfer.NETS)
+def test_a_model_of_another_network_is_trained(monkeypatch, network):
+    digits = Digits(part="train", size=16)
+    monkeypatch.setattr(detection, "load", lambda name, split: (digits.images[:128], digits.targets[:128]))
+    monkeypatch.setattr(transfer, "SIZES", {"digits": (128, 1)})
+    net = transfer.Stranger("digits", "badnets", 3, 0.1, 5, network).train()
+    assert not net.training
+    assert net(digits.images[:3]).shape == (3, 10)
+
+
+def test_a_model_of_another_network_is_audited(monkeypatch):
+    digits = Digits(part="train", size=16)
+    for module in (detection, transfer):
+        monkeypatch.setattr(module, "load", lambda name, split: (digits.images, digits.targets))
+    monkeypatch.setattr(transfer, "SIZES", {"digits": (640, 2)})
+    monkeypatch.setattr(transfer, "audit", partial(audit, auditor=Auditor(steps=1)))
+    line = transfer.examine(transfer.Stranger("digits", "badnets", 3, 0.1, 5))
+    assert (line["suspect"]["network"], line["suspect"]["attack"]) == ("three convolutions", "badnets")
+    assert {len(of) for of in line["cost"].values()} == {10}
+    assert len(line["margin"]) == 10
+
+
+def test_strangers_are_all_other_models():
+    found = list(transfer.strangers())
+    assert len(set(found)) == len(found) == 2 * 12 * len(transfer.NETS)
+    seeds = {suspect.seed for part in ("calibration", "report") for suspect in detection.suspects(part)}
+    assert seeds.isdisjoint(stranger.seed for stranger in found)

@@ -1,9 +1,18 @@
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
 from lightning_unlearn import methods
-from lightning_unlearn.methods import FineTuning, GradPrune, MaskPrune, RepairMethod
+from lightning_unlearn.methods import (
+    FinePruning,
+    FineTuning,
+    GradPrune,
+    MaskPrune,
+    NeuralAttentionDistillation,
+    RepairMethod,
+)
 from lightning_unlearn.roster import (
     ABBREVIATIONS,
     arguments_of,
@@ -101,6 +110,18 @@ def test_a_method_inside_is_told_in_full():
     (label,) = method_labels([GradPrune(finetune=FineTuning(triggered=True, max_epochs=3))])
     assert label.startswith("GradPrune(finetune=FineTuning(triggered=True, ")
     assert "max_epochs=3" in label
+
+
+def test_of_a_method_inside_only_what_differs_is_told():
+    given = [FinePruning(finetune=FineTuning(max_epochs=1)), NeuralAttentionDistillation(teacher_epochs=3)]
+    labels = ["FinePruning(finetune=FineTuning(max_epochs=1))", "NeuralAttentionDistillation(teacher_epochs=3)"]
+    assert method_labels(given) == labels
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_keeps_all_its_arguments(name):
+    kind = getattr(methods, name)
+    assert arguments_of(kind()).keys() == inspect.signature(kind).parameters.keys()
 
 
 def test_arguments_are_plain():

@@ -73,6 +73,7 @@ class NeuralAttentionDistillation(RepairMethod):
         check_range("teacher_epochs", teacher_epochs, 1, float("inf"))
         check_range("max_epochs", max_epochs, 0, float("inf"))
         self.betas = tuple(betas)
+        self.teacher_epochs = teacher_epochs
         # It checks the rest.
         self.teacher = FineTuning(
             learning_rate=learning_rate,
