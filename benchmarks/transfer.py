@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from benchmarks.tables import MIN_ASR
 from lightning_unlearn import __version__, audit
 
 _RESULTS = Path(__file__).parent / "results" / "transfer.jsonl"
-_FIRST_SEEDS = (3700, 4700)
+_FIRST_SEEDS = (3700, 4700)  # the second for the first network alone, on which the audit errs most
 
 
 def _single(norm: bool) -> nn.Sequential:
@@ -85,8 +84,11 @@ def _fit_adam(net: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, ge
 
 
 def strangers() -> Iterator[Stranger]:
-    """The models: of each network twelve backdoored ones and twelve honest ones."""
-    for seed, (number, network) in product(_FIRST_SEEDS, enumerate(NETS)):
+    """The models: of each network six backdoored ones and six honest ones, of the first twice as many."""
+    for number, network, seed in [
+        (0, next(iter(NETS)), _FIRST_SEEDS[1]),
+        *((k, n, _FIRST_SEEDS[0]) for k, n in enumerate(NETS)),
+    ]:
         for k, attack in enumerate(("badnets", "blended", "sig", "lf", "wanet-strong")):
             yield Stranger("digits", attack, (3 * k + number) % 10, 0.1, seed + k, network)
             yield Stranger("digits" if k < 4 else "fashion_mnist", seed=seed + 100 + k, network=network)

@@ -8,6 +8,7 @@ import re
 import sys
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -512,6 +513,20 @@ def test_a_model_of_another_network_is_audited(monkeypatch):
 
 def test_strangers_are_all_other_models():
     found = list(transfer.strangers())
-    assert len(set(found)) == len(found) == 2 * 12 * len(transfer.NETS)
+    assert len(set(found)) == len(found) == 12 * (len(transfer.NETS) + 1)
     seeds = {suspect.seed for part in ("calibration", "report") for suspect in detection.suspects(part)}
     assert seeds.isdisjoint(stranger.seed for stranger in found)
+
+
+def test_the_page_of_results_has_every_line_of_its_tables():
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    lines = repairs.stored(root / "benchmarks" / "results" / "peers.jsonl", needed=repairs.NEEDED)
+    found = tables.by_setting(lines).values()
+    written = [
+        row
+        for setting in found
+        for text in (tables.summary(setting), tables.cells(setting))
+        for row in text.splitlines()
+    ]
+    assert [row for row in written if row not in page] == []
