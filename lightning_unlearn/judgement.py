@@ -13,6 +13,7 @@ from lightning_unlearn.triggers.families import Family
 from lightning_unlearn.triggers.inversion import Estimate
 
 __all__ = [
+    "AHEAD",
     "CALIBRATED_STEPS",
     "COMPARED",
     "FEW_CLASSES",
@@ -29,6 +30,7 @@ COMPARED: tuple[Family, ...] = ("additive", "covering", "displacing")
 # How far a class may stand out in an honest network, family by family; chosen on the calibration models of
 # `python -m benchmarks.detection`, other ones than those whose errors are reported.
 LIMITS: dict[Family, float] = {"additive": 1.05, "covering": 1.65, "displacing": 1.8}
+AHEAD = 2.0  # times the next class's score, as the highest is in 6 of 83 honest calibration models
 CALIBRATED_STEPS = 100  # of the inversions by which they were chosen
 WIDEST = 0.9  # gap below the largest margin in an honest network, chosen likewise
 WORKS = 0.5  # least success on held-out images of an estimate that is used

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_unlearn.judgement import CALIBRATED_STEPS, COMPARED, FEW_CLASSES, WIDEST, WORKS, ClassAudit, Usual
+from lightning_unlearn.judgement import AHEAD, CALIBRATED_STEPS, COMPARED, FEW_CLASSES, WIDEST, WORKS, ClassAudit, Usual
 from lightning_unlearn.triggers import Trigger, TriggerPool
 from lightning_unlearn.triggers.families import Family
 from lightning_unlearn.triggers.inversion import Estimate
@@ -138,6 +138,13 @@ class Audit:
                     f"{entry.unaided:.2f}), and those of a class that honestly had far more training images than "
                     "others stand out just as much."
                 )
+        first, second = sorted([*(entry.score for entry in self.classes), 0.0, 0.0])[:-3:-1]
+        if self.verdict == "clean" and first >= AHEAD * second > 0:
+            ahead = next(entry.target for entry in self.classes if entry.score == first)
+            notes.append(
+                f"Class {ahead} is {first / second:.1f} times ahead of the next one all the same, as in one honest "
+                "network of twenty: if there is reason for suspicion, force=True repairs against its triggers."
+            )
         if not any(share >= WORKS for entry in self.classes for share in entry.success.values()):
             notes.append(
                 f"No change was found that sends even {WORKS:.0%} of the images to any class, so that this says "

@@ -120,6 +120,17 @@ def test_the_notes_tell_where_there_is_little_to_compare_with(classes):
     assert ("there is little to compare one with" in an_audit(num_classes=classes).notes()) == (classes < 5)
 
 
+@pytest.mark.parametrize("factor", [1.9, 2.0, 3.6])
+def test_the_notes_tell_of_a_class_far_ahead_in_a_clean_model(factor):
+    scores = (0.1, 0.2, 0.2 * factor)
+    classes = tuple(replace(an_audit().classes[0], target=c, trigger_score=score) for c, score in enumerate(scores))
+    told = f"Class 2 is {factor:.1f} times ahead of the next one all the same"
+    assert (told in an_audit(**CLEAN, classes=classes).notes()) is (factor >= 2)
+    assert told not in an_audit(classes=classes).notes()  # where the verdict says so anyway
+    assert "ahead" not in an_audit(**CLEAN, classes=classes[:1]).notes()
+    assert "ahead" not in an_audit(**CLEAN, classes=()).notes()
+
+
 @pytest.mark.parametrize("steps", [30, 99, 100, 300])
 def test_the_notes_tell_of_fewer_steps_than_limits_were_chosen_with(steps):
     assert (f"estimated in {steps} steps" in an_audit(steps=steps).notes()) == (steps < 100)
