@@ -64,7 +64,7 @@ _INNER: dict[str, type[RepairMethod]] = {"finetune": methods.FineTuning}
 # learned at 0.80 sooner. The VGG-style net learns the fastest.
 _EPOCHS = {
     **{("vgg", attack, 0.1): 8 for attack in ("badnets", "blended", "sig", "wanet-1.0", "bpp", "lf-strong")},
-    **{("mobilenet", attack, 0.1): 7 for attack in ("badnets", "blended", "wanet-1.0")},
+    **{("mobilenet", attack, 0.1): 20 for attack in ("badnets", "blended", "wanet-1.0")},
     ("preact_resnet18", "sig", 0.1): 7,
     ("preact_resnet18", "bpp", 0.1): 11,
     **{("preact_resnet18", attack, 0.01): 7 for attack in ("blended", "sig")},
