@@ -56,8 +56,7 @@ class EstimatedTrigger(TriggerPool):
         >>> import tempfile, torch
         >>> from pathlib import Path
         >>> from lightning_unlearn.triggers import AdditiveTrigger
-        >>> from lightning_unlearn.triggers.families import Family
-    from lightning_unlearn.triggers.inversion import Estimate
+        >>> from lightning_unlearn.triggers.inversion import Estimate
         >>> from lightning_unlearn.triggers.stored import EstimatedTrigger, stored
         >>> found = AdditiveTrigger(torch.full((1, 8, 8), 0.25), target=7)
         >>> with tempfile.TemporaryDirectory() as folder:
