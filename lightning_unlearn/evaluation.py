@@ -57,7 +57,8 @@ def logits_of(forward: Callable[[Tensor], object], images: Tensor) -> Tensor:
             f"({type(error).__name__}: {error}); if it takes something else, override the callback's `logits`, or wrap "
             "the model, so that images go in and one tensor of class logits comes back."
         ) from error
-    if isinstance(logits, Tensor) and logits.shape in {(len(images),), (len(images), 1)}:
+    one_each = {(len(images),), (len(images), 1)}
+    if isinstance(logits, Tensor) and logits.is_floating_point() and logits.shape in one_each:
         raise ValueError(
             "model: expected a logit for each class, two at least, but it gives one number an image; if that is the "
             "logit z of a yes or no, let the callback's `logits`, or a wrapper, give both, (0, z)."
