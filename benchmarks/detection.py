@@ -32,7 +32,7 @@ from benchmarks.datasets import load
 from benchmarks.repairs import append, stored
 from benchmarks.tables import MIN_ASR
 from benchmarks.victims import ATTACKS, CROSS, poison
-from lightning_unlearn import __version__, repair
+from lightning_unlearn import Audit, __version__, repair
 from lightning_unlearn.classifier import ConvClassifier
 from lightning_unlearn.data.pairs import Pairs
 from lightning_unlearn.evaluation import Evaluation, evaluate
@@ -167,17 +167,25 @@ def examine(suspect: Suspect, part: Part) -> dict[str, Any]:
         "suspect": asdict(suspect),
         "before": before,
         "after": suspect.measure(net).rates(),
-        "verdict": found.verdict,
-        "suspected_target": found.suspected_target,
-        "score": found.score,
-        "cost": {family: [c.cost[family] for c in found.classes] for family in found.classes[0].cost},
-        "universality": {family: [c.universality[family] for c in found.classes] for family in found.classes[0].cost},
-        "prominence": [c.prominence for c in found.classes],
-        "margin": [c.margin for c in found.classes],
+        **measured(found),
         "status": done.status,
         "untouched": all(torch.equal(weights[name], tensor) for name, tensor in net.state_dict().items()),
         "cpu_seconds": time.process_time() - started,
         "versions": {"lightning-unlearn": __version__, "torch": torch.__version__},
+    }
+
+
+def measured(found: Audit) -> dict[str, Any]:
+    """What an audit found of each class, from which :func:`scored` judges it again by a later rule."""
+    families = found.classes[0].cost
+    return {
+        "verdict": found.verdict,
+        "suspected_target": found.suspected_target,
+        "score": found.score,
+        "cost": {family: [c.cost[family] for c in found.classes] for family in families},
+        "universality": {family: [c.universality[family] for c in found.classes] for family in families},
+        "prominence": [c.prominence for c in found.classes],
+        "margin": [c.margin for c in found.classes],
     }
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 from torch.utils.data import TensorDataset
 
 from benchmarks.datasets import load
-from benchmarks.detection import SIZES, Suspect, fit, scored
+from benchmarks.detection import SIZES, Suspect, fit, measured, scored
 from benchmarks.networks import PreActResNet18, vgg
 from benchmarks.repairs import append, stored
 from benchmarks.tables import MIN_ASR
@@ -105,13 +105,7 @@ def examine(stranger: Stranger) -> dict[str, Any]:
     return {
         "suspect": asdict(stranger),
         "before": stranger.measure(net).rates(),
-        "verdict": found.verdict,
-        "suspected_target": found.suspected_target,
-        "score": found.score,
-        "cost": {family: [c.cost[family] for c in found.classes] for family in found.classes[0].cost},
-        "universality": {family: [c.universality[family] for c in found.classes] for family in found.classes[0].cost},
-        "prominence": [c.prominence for c in found.classes],
-        "margin": [c.margin for c in found.classes],
+        **measured(found),
         "cpu_seconds": time.process_time() - started,
         "versions": {"lightning-unlearn": __version__, "torch": torch.__version__},
     }
