@@ -216,10 +216,12 @@ class Report:
         asr = self.after["asr"] if known or self.estimated_asr is None else self.estimated_asr["after"]
         if not asr > _STILL:
             return ""
-        what = "trigger" if known else "estimated trigger"
+        what, images = ("trigger", self.measured_on) if known else ("estimated trigger", "clean")
+        # `compare` compares by a trigger, which one that was estimated becomes only as a file.
+        found = "" if self.trigger == "unknown" else ", which `lightning-unlearn compare` finds"
         return (
-            f" The {what} still works on {asr:.0%} of the {self.measured_on if known else 'clean'} images: more clean "
-            "images per class may help, or another method, which `lightning-unlearn compare` finds."
+            f" The {what} still works on {asr:.0%} of the {images} images: more clean images per class may help, or "
+            f"another method{found}."
         )
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:

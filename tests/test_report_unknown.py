@@ -120,6 +120,8 @@ def test_a_backdoor_that_is_left_is_told(result, unknown, asr):
     estimated = Report.of(dataclasses.replace(unknown, held=held), None, samples_per_class=10, seed=7)
     assert (f"The trigger still works on {asr:.0%} of the test images" in known.summary()) is (asr > 0.1)
     assert (f"The estimated trigger still works on {asr:.0%} of the clean images" in estimated.summary()) is (asr > 0.1)
+    assert ("`lightning-unlearn compare` finds" in known.summary()) is (asr > 0.1)
+    assert "compare" not in estimated.summary()  # which needs a trigger
 
 
 def test_a_clean_verdict_that_was_passed_over(clean):
@@ -141,7 +143,7 @@ def test_unknown_rates_as_markdown(unknown):
         "",
         "Verdict: backdoored, target 3. GradPrune pruned 3 of 5 filters and turned 1 down by more than half in 1.3 s. "
         "The estimated trigger still works on 15% of the clean images: more clean images per class may help, or "
-        "another method, which `lightning-unlearn compare` finds.",
+        "another method.",
     ]
 
 
@@ -150,7 +152,7 @@ def test_unknown_rates_in_one_line(unknown):
         "ACC ↑ 0.900 → 0.800, ASR ↓ unknown → unknown, RA ↑ unknown → unknown, ASR of the estimated trigger ↓ 0.950 → "
         "0.150 (validation data). Verdict: backdoored, target 3. GradPrune pruned 3 of 5 filters and turned 1 down by "
         "more than half in 1.3 s. The estimated trigger still works on 15% of the clean images: more clean images "
-        "per class may help, or another method, which `lightning-unlearn compare` finds."
+        "per class may help, or another method."
     )
 
 
